@@ -22,7 +22,6 @@ _HOME = {
     "WeightSpec": "weights",
     "collect": "rollout",
     "evaluate": "rollout",
-    "rollout": "rollout",
 }
 __all__ = list(_HOME)
 
