@@ -1,0 +1,386 @@
+"""Policy networks, alone and as a stack of N that runs as one batch."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from fleetgym.core.errors import UserError, unknown
+
+CELLS: dict[str, type[nn.Module] | None] = {"gru": nn.GRU, "lstm": nn.LSTM, "rnn": nn.RNN, "mlp": None}
+
+
+class Normaliser(nn.Module):
+    """Standardises observations with fixed statistics, ``(x - mean) / std``.
+
+    The statistics are buffers: they travel with the weights and are never trained.
+    """
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(size))
+        self.register_buffer("std", torch.ones(size))
+
+    def forward(self, x: Tensor) -> Tensor:  # [..., Do] -> [..., Do]
+        """Standardises the last axis."""
+        return (x - self.mean) / self.std
+
+
+class RecurrentPolicy(nn.Module):
+    """A deterministic policy: encoder, recurrent core, head.
+
+    ``Linear-Tanh -> GRU | LSTM | RNN (any depth), or Linear-Tanh layers -> Linear-Tanh -> Linear``. It satisfies
+    :class:`fleetgym.core.Policy` (Stable-Baselines3's ``predict``), and its symmetry follows from
+    ``WeightSpec.from_module(policy)``: tanh and the gated cells leave it invariant to signed permutations.
+
+    Args:
+        observation_size: Do, the size of the environment's observation.
+        action_size: Da.
+        cell: ``gru``, ``lstm``, ``rnn`` or ``mlp`` (no memory).
+        hidden: Width H of every hidden layer.
+        layers: Layers of the core.
+        differences: Triples ``(i, j, n)``: the policy also sees ``obs[i:i+n] - obs[j:j+n]``. A goal relative to the
+            hand is tiny beside the range of either, and standardising each alone hides it.
+        action_low: Actions from ``predict`` are clipped to ``[action_low, action_high]``.
+        action_high: See ``action_low``.
+
+    Raises:
+        UserError: Unknown cell, a size below one, or a difference outside the observation.
+    """
+
+    architecture = "recurrent_policy"
+
+    def __init__(
+        self,
+        observation_size: int,
+        action_size: int,
+        cell: str = "gru",
+        hidden: int = 64,
+        layers: int = 1,
+        differences: Sequence[Sequence[int]] = (),
+        action_low: float = -1.0,
+        action_high: float = 1.0,
+    ) -> None:
+        super().__init__()
+        if cell not in CELLS:
+            raise unknown("cell", cell, CELLS)
+        for name, value in (
+            ("observation_size", observation_size),
+            ("action_size", action_size),
+            ("hidden", hidden),
+            ("layers", layers),
+        ):
+            if value < 1:
+                raise UserError(f"{name}={value}: it must be at least 1")
+        for i, j, n in differences:
+            if min(i, j) < 0 or n < 1 or max(i, j) + n > observation_size:
+                raise UserError(f"difference ({i}, {j}, {n}) reaches outside an observation of size {observation_size}")
+        self.config: dict[str, Any] = {
+            "observation_size": observation_size,
+            "action_size": action_size,
+            "cell": cell,
+            "hidden": hidden,
+            "layers": layers,
+            "differences": [list(map(int, d)) for d in differences],
+            "action_low": action_low,
+            "action_high": action_high,
+        }
+        self.differences = tuple(tuple(d) for d in self.config["differences"])
+        features = observation_size + sum(n for _, _, n in self.differences)
+        self.normaliser = Normaliser(features)
+        self.encoder = nn.Linear(features, hidden)
+        if cell == "mlp":
+            blocks = [module for _ in range(layers) for module in (nn.Linear(hidden, hidden), nn.Tanh())]
+            self.core: nn.Module = nn.Sequential(*blocks)
+        else:
+            self.core = CELLS[cell](hidden, hidden, num_layers=layers, batch_first=True)
+        self.head = nn.Sequential(nn.Linear(hidden, hidden), nn.Tanh(), nn.Linear(hidden, action_size))
+
+    def features(self, observations: Tensor) -> Tensor:  # [..., Do] -> [..., Df]
+        """Observations with the differences appended; what the normaliser's statistics are of."""
+        return features(observations, self.differences)
+
+    def forward(self, observations: Tensor, state: Any = None) -> tuple[Tensor, Any]:
+        """Runs the policy over sequences.
+
+        Args:
+            observations: [B, T, Do].
+            state: What the last call returned, or None for a fresh memory: [L, B, H], a pair of it for an LSTM.
+
+        Returns:
+            Actions [B, T, Da] (not clipped), and the new state (None for an MLP).
+        """
+        x = torch.tanh(self.encoder(self.normaliser(self.features(observations))))
+        if self.config["cell"] == "mlp":
+            x = self.core(x)
+        else:
+            x, state = self.core(x, state)
+        return self.head(x), state
+
+    @torch.no_grad()
+    def predict(
+        self,
+        observation: np.ndarray,
+        state: tuple[np.ndarray, ...] | None = None,
+        episode_start: np.ndarray | None = None,
+        deterministic: bool = True,
+    ) -> tuple[np.ndarray, tuple[np.ndarray, ...] | None]:
+        """Stable-Baselines3's ``predict``. The policy is deterministic whatever ``deterministic`` says.
+
+        Args:
+            observation: [Do] or [B, Do].
+            state: What the last call returned: arrays [B, L, H] (one; two for an LSTM; None for an MLP).
+            episode_start: [B], True where the memory is to be forgotten.
+            deterministic: Accepted for the interface.
+
+        Returns:
+            The action ([Da] or [B, Da], clipped, float32) and the new state.
+
+        Raises:
+            UserError: The observation has another size than the policy's.
+        """
+        observation = np.asarray(observation)
+        size = self.config["observation_size"]
+        if observation.ndim not in (1, 2) or observation.shape[-1] != size:
+            raise UserError(f"observation of shape {observation.shape}; this policy takes [B, {size}] or [{size}]")
+        single = observation.ndim == 1
+        device = self.encoder.weight.device
+        x = torch.as_tensor(observation[None] if single else observation, dtype=torch.float32, device=device)
+        memory: Any = None
+        if state is not None and self.config["cell"] != "mlp":
+            parts = [torch.as_tensor(part, dtype=torch.float32, device=device) for part in state]
+            if episode_start is not None:
+                keep = 1.0 - torch.as_tensor(np.atleast_1d(episode_start), dtype=torch.float32, device=device)
+                parts = [part * keep[:, None, None] for part in parts]
+            parts = [part.transpose(0, 1).contiguous() for part in parts]
+            memory = tuple(parts) if len(parts) > 1 else parts[0]
+        actions, memory = self(x[:, None], memory)
+        out = actions[:, 0].clamp(self.config["action_low"], self.config["action_high"]).cpu().numpy()
+        new_state = None
+        if memory is not None:
+            parts = memory if isinstance(memory, tuple) else (memory,)
+            new_state = tuple(part.transpose(0, 1).cpu().numpy() for part in parts)
+        return (out[0] if single else out), new_state
+
+    @torch.no_grad()
+    def renormalise(self, mean: Tensor, std: Tensor) -> RecurrentPolicy:
+        """Re-expresses the first layer under other statistics, in place; the function stays the same.
+
+        ``W (x - m) / s + b = W' (x - m') / s' + b'`` with ``W' = W s'/s`` and ``b' = b + W (m' - m)/s``. Policies that
+        were normalised with their own data can be merged only after this.
+
+        Args:
+            mean: New mean, [Df].
+            std: New standard deviation, [Df], positive.
+
+        Returns:
+            This policy.
+        """
+        old = self.normaliser
+        mean, std = mean.to(old.mean), std.to(old.std)
+        self.encoder.bias += self.encoder.weight @ ((mean - old.mean) / old.std)
+        self.encoder.weight *= std / old.std
+        old.mean.copy_(mean)
+        old.std.copy_(std)
+        return self
+
+
+def features(observations: Tensor, differences: Sequence[Sequence[int]]) -> Tensor:
+    """Appends ``obs[..., i:i+n] - obs[..., j:j+n]`` for each (i, j, n) of ``differences``."""
+    if not differences:
+        return observations
+    extra = [observations[..., i : i + n] - observations[..., j : j + n] for i, j, n in differences]
+    return torch.cat([observations, *extra], dim=-1)
+
+
+class PolicyStack(nn.Module):
+    """N policies of one architecture whose parameters are stacked, so that a fleet trains as one batch.
+
+    Robot n's parameters are row n of every tensor; nothing flows between rows. With N = 1 it is a plain policy that
+    trains faster than torch's own GRU on a CPU: the time loop is fused (see :class:`_GRUScan`).
+
+    Args:
+        policies: The policies to stack; they stay untouched.
+
+    Raises:
+        UserError: No policies, or policies of different configuration.
+    """
+
+    def __init__(self, policies: Sequence[RecurrentPolicy]) -> None:
+        super().__init__()
+        if not policies:
+            raise UserError("a stack needs at least one policy")
+        for i, policy in enumerate(policies):
+            if policy.config != policies[0].config:
+                raise UserError(f"policy {i} has configuration {policy.config}, policy 0 has {policies[0].config}")
+        # Kept out of the module tree: it is only the mould for unstacking.
+        self._mould = [copy.deepcopy(policies[0])]
+        self.config = policies[0].config
+        states = [policy.state_dict() for policy in policies]
+        trained = dict(policies[0].named_parameters())
+        for name in states[0]:
+            value = torch.stack([state[name] for state in states])
+            key = name.replace(".", "/")
+            if name in trained:
+                self.register_parameter(key, nn.Parameter(value))
+            else:
+                self.register_buffer(key, value)
+
+    def __len__(self) -> int:
+        return len(getattr(self, "encoder/weight"))
+
+    def __getitem__(self, name: str) -> Tensor:
+        """The stacked tensor [N, ...] behind a policy's key, such as ``encoder.weight``."""
+        return getattr(self, name.replace(".", "/"))
+
+    def state_dicts(self) -> list[dict[str, Tensor]]:
+        """Each robot's state dict (copies)."""
+        state = self.state_dict()
+        return [{key.replace("/", "."): value[n].clone() for key, value in state.items()} for n in range(len(self))]
+
+    @torch.no_grad()
+    def load(self, state_dicts: Sequence[Mapping[str, Tensor]]) -> None:
+        """Writes one state dict a robot (or one for all) into the stack."""
+        if len(state_dicts) == 1:
+            state_dicts = list(state_dicts) * len(self)
+        for name in state_dicts[0]:
+            self[name].copy_(torch.stack([state[name] for state in state_dicts]))
+
+    def policies(self) -> list[RecurrentPolicy]:
+        """Each robot's policy (copies)."""
+        out = []
+        for state in self.state_dicts():
+            policy = copy.deepcopy(self._mould[0])
+            policy.load_state_dict(state)
+            out.append(policy)
+        return out
+
+    def _linear(self, x: Tensor, name: str) -> Tensor:  # [N, M, I] -> [N, M, O]
+        return torch.baddbmm(self[f"{name}.bias"][:, None], x, self[f"{name}.weight"].transpose(1, 2))
+
+    def forward(self, observations: Tensor) -> Tensor:
+        """Runs every policy over its own sequences, from fresh memories.
+
+        Args:
+            observations: [N, B, T, Do].
+
+        Returns:
+            Actions [N, B, T, Da].
+        """
+        num, batch, time = observations.shape[:3]
+        x = features(observations, self.config["differences"])
+        x = (x - self["normaliser.mean"][:, None, None]) / self["normaliser.std"][:, None, None]
+        # Time before batch: the scan then reads and writes contiguous slices.
+        x = x.transpose(1, 2).reshape(num, time * batch, -1)
+        x = torch.tanh(self._linear(x, "encoder"))
+        cell = self.config["cell"]
+        for layer in range(self.config["layers"]):
+            if cell == "mlp":
+                x = torch.tanh(self._linear(x, f"core.{2 * layer}"))
+                continue
+            names = [f"core.{part}_l{layer}" for part in ("weight_ih", "bias_ih", "weight_hh", "bias_hh")]
+            w_ih, b_ih, w_hh, b_hh = (self[name] for name in names)
+            gates = torch.baddbmm(b_ih[:, None], x, w_ih.transpose(1, 2))
+            gates = gates.view(num, time, batch, -1).transpose(0, 1).contiguous()
+            x = _SCANS[cell](gates, w_hh, b_hh)  # [T, N, B, H]
+            x = x.transpose(0, 1).reshape(num, time * batch, -1)
+        x = self._linear(torch.tanh(self._linear(x, "head.0")), "head.2")
+        return x.view(num, time, batch, -1).transpose(1, 2)
+
+
+class _GRUScan(torch.autograd.Function):
+    """The GRU recurrence over time for N stacked cells, with its derivative written out.
+
+    Autograd would record a dozen nodes a step; here the backward loop holds one matrix product and a few
+    element-wise operations a step, and everything that does not depend on the gradient is computed for all steps at
+    once (2x faster than autograd on the same loop, 2.8x faster than N ``nn.GRU``; ``fleetgym bench speed``).
+    """
+
+    @staticmethod
+    def forward(ctx: Any, gates: Tensor, w_hh: Tensor, b_hh: Tensor) -> Tensor:
+        """gates [T, N, B, 3H] are the inputs' share (W_ih x + b_ih); returns the hidden states [T, N, B, H]."""
+        time, num, batch, width = gates.shape
+        size = width // 3
+        w_t, bias = w_hh.transpose(1, 2).contiguous(), b_hh[:, None]
+        h = gates.new_zeros(time + 1, num, batch, size)
+        rz = gates.new_empty(time, num, batch, 2 * size)
+        n, hn = gates.new_empty(time, num, batch, size), gates.new_empty(time, num, batch, size)
+        for t in range(time):
+            g, gh = gates[t], torch.baddbmm(bias, h[t], w_t)
+            torch.add(g[..., : 2 * size], gh[..., : 2 * size], out=rz[t]).sigmoid_()
+            hn[t] = gh[..., 2 * size :]
+            torch.addcmul(g[..., 2 * size :], rz[t, ..., :size], hn[t], out=n[t]).tanh_()
+            torch.lerp(n[t], h[t], rz[t, ..., size:], out=h[t + 1])
+        ctx.save_for_backward(h, rz, n, hn, w_hh)
+        return h[1:]
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Back-propagation through time."""
+        h, rz, n, hn, w_hh = ctx.saved_tensors
+        time, num, batch, size = n.shape
+        r, z = rz[..., :size], rz[..., size:]
+        to_n = (1 - z) * (1 - n * n)
+        to_z = (h[:-1] - n) * z * (1 - z)
+        to_r = hn * r * (1 - r)
+        d_h_gates = n.new_empty(time, num, batch, 3 * size)  # with respect to W_hh h + b_hh
+        d_gates = torch.empty_like(d_h_gates)  # with respect to W_ih x + b_ih
+        dh = torch.zeros_like(h[0])
+        for t in range(time - 1, -1, -1):
+            dh = dh + grad[t]
+            dn, out = dh * to_n[t], d_h_gates[t]
+            torch.mul(dn, to_r[t], out=out[..., :size])
+            torch.mul(dh, to_z[t], out=out[..., size : 2 * size])
+            torch.mul(dn, r[t], out=out[..., 2 * size :])
+            d_gates[t, ..., 2 * size :] = dn
+            dh = torch.baddbmm(dh * z[t], out, w_hh)
+        d_gates[..., : 2 * size] = d_h_gates[..., : 2 * size]
+        flat = d_h_gates.transpose(0, 1).reshape(num, time * batch, 3 * size)
+        before = h[:-1].transpose(0, 1).reshape(num, time * batch, size)
+        return d_gates, torch.bmm(flat.transpose(1, 2), before), flat.sum(1)
+
+
+def _rnn_scan(gates: Tensor, w_hh: Tensor, b_hh: Tensor) -> Tensor:
+    """Elman recurrence, gates [T, N, B, H] -> [T, N, B, H]."""
+    h, w_t, bias, out = torch.zeros_like(gates[0]), w_hh.transpose(1, 2), b_hh[:, None], []
+    for gate in gates:
+        h = torch.tanh(gate + torch.baddbmm(bias, h, w_t))
+        out.append(h)
+    return torch.stack(out)
+
+
+def _lstm_scan(gates: Tensor, w_hh: Tensor, b_hh: Tensor) -> Tensor:
+    """LSTM recurrence (gate order i, f, g, o), gates [T, N, B, 4H] -> [T, N, B, H]."""
+    size = gates.shape[-1] // 4
+    h = c = torch.zeros_like(gates[0, ..., :size])
+    w_t, bias, out = w_hh.transpose(1, 2), b_hh[:, None], []
+    for gate in gates:
+        i, f, g, o = (gate + torch.baddbmm(bias, h, w_t)).split(size, dim=-1)
+        c = torch.sigmoid(f) * c + torch.sigmoid(i) * torch.tanh(g)
+        h = torch.sigmoid(o) * torch.tanh(c)
+        out.append(h)
+    return torch.stack(out)
+
+
+_SCANS = {"gru": _GRUScan.apply, "rnn": _rnn_scan, "lstm": _lstm_scan}
+
+
+def masked_mse(prediction: Tensor, target: Tensor, mask: Tensor) -> Tensor:
+    """Mean squared error over the valid steps.
+
+    Args:
+        prediction: [..., B, T, Da].
+        target: [..., B, T, Da].
+        mask: [..., B, T], True where a step is real.
+
+    Returns:
+        [...], the mean over B, T (valid steps only) and Da.
+    """
+    error = F.mse_loss(prediction, target, reduction="none").mean(-1) * mask
+    return error.sum((-1, -2)) / mask.sum((-1, -2)).clamp(min=1)
