@@ -69,7 +69,8 @@ class Registry(Generic[T]):
             try:
                 return point.load()
             except Exception as error:
-                raise UserError(f"{self.kind} {name!r} from the plug-in {point.value!r} does not load: {error}") from error
+                origin = f"{self.kind} {name!r} from the plug-in {point.value!r}"
+                raise UserError(f"{origin} does not load: {error}") from error
         if isinstance(target, str):
             module, _, attribute = target.partition(":")
             return getattr(importlib.import_module(module), attribute)
