@@ -11,7 +11,7 @@ import os
 import platform
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -167,9 +167,10 @@ class EvalRecord:
         metrics: Further numbers by name.
         provenance: See ``provenance``.
         schema: Version of the file format.
+        tasks: The task of each episode; empty when all are of ``task``.
 
     Raises:
-        UserError: No episode, or the four sequences differ in length.
+        UserError: No episode, or the sequences differ in length.
     """
 
     system: str
@@ -181,6 +182,7 @@ class EvalRecord:
     metrics: Mapping[str, Any] = field(default_factory=dict)
     provenance: Mapping[str, Any] = field(default_factory=provenance)
     schema: int = SCHEMA
+    tasks: Sequence[str] = ()
 
     def __post_init__(self) -> None:
         sizes = {name: len(getattr(self, name)) for name in ("seeds", "successes", "returns", "lengths")}
@@ -189,6 +191,12 @@ class EvalRecord:
             raise UserError(f"{where}: seeds, successes, returns and lengths must be equally long, got {sizes}")
         if not self.seeds:
             raise UserError(f"{where} has no episode; evaluate at least one seed")
+        if isinstance(self.tasks, str) or (self.tasks and len(self.tasks) != len(self.seeds)):
+            got = repr(self.tasks) if isinstance(self.tasks, str) else f"{len(self.tasks)} names"
+            raise UserError(
+                f"{where}: tasks must be empty or name one task for each of {sizes['seeds']} episodes, got {got}"
+            )
+        object.__setattr__(self, "tasks", tuple(map(str, self.tasks)))
         for name, kind in (("seeds", int), ("successes", bool), ("returns", float), ("lengths", int)):
             object.__setattr__(self, name, tuple(kind(value) for value in getattr(self, name)))
 
@@ -200,6 +208,46 @@ class EvalRecord:
     def interval(self, z: float = 1.96) -> tuple[float, float]:
         """Wilson interval of ``success``."""
         return wilson_interval(sum(self.successes), len(self.successes), z)
+
+    def per_task(self) -> dict[str, tuple[int, int]]:
+        """Successes and episodes of each task, in the order in which the tasks first appear."""
+        counts: dict[str, tuple[int, int]] = {}
+        for task, success in zip(self.tasks or (self.task,) * len(self.seeds), self.successes):
+            k, n = counts.get(task, (0, 0))
+            counts[task] = k + success, n + 1
+        return counts
+
+    @classmethod
+    def concatenate(cls, records: Iterable[EvalRecord], task: str = "meta_world/quick", **metrics: Any) -> EvalRecord:
+        """Joins the evaluations of one system on several tasks.
+
+        Args:
+            records: Evaluations of the same system.
+            task: Name of the whole, such as the set of tasks; each episode keeps the name of its own in ``tasks``.
+            **metrics: Metrics of the whole. Those of the parts are dropped: whether to add them up or to average
+                them is for the caller to know.
+
+        Returns:
+            A record of all episodes, in order, with the provenance of the first part.
+
+        Raises:
+            UserError: No record, or records of different systems.
+        """
+        records = list(records)
+        systems = sorted({record.system for record in records})
+        if len(systems) != 1:
+            raise UserError(
+                f"cannot join {len(records)} records of {', '.join(map(repr, systems)) or 'no system'}; "
+                "pass at least one, all of the same system"
+            )
+        joined = {
+            name: [value for record in records for value in getattr(record, name)]
+            for name in ("seeds", "successes", "returns", "lengths")
+        }
+        tasks = [name for record in records for name in record.tasks or (record.task,) * len(record.seeds)]
+        return cls(
+            system=systems[0], task=task, **joined, metrics=metrics, provenance=records[0].provenance, tasks=tasks
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """All fields as JSON types; a return that is not finite becomes None."""
@@ -223,7 +271,7 @@ class EvalRecord:
                 f"{source} has schema {values['schema']}, this fleetgym reads up to {SCHEMA}: upgrade fleetgym"
             )
         known = {item.name for item in dataclasses.fields(cls)}
-        if wrong := sorted(known.symmetric_difference(values)):
+        if wrong := sorted(known.symmetric_difference(values) - ({"tasks"} - values.keys())):
             raise UserError(f"{source} is not an evaluation record: missing or unknown fields {', '.join(wrong)}")
         try:
             returns = [math.nan if value is None else value for value in values["returns"]]
