@@ -1,0 +1,218 @@
+"""Behaviour cloning of (recurrent) policies, one robot or a whole fleet in one batch.
+
+Each robot learns from its own demonstrations only. The fleet's parameters are stacked
+(:class:`fleetgym.agents.networks.PolicyStack`), so that N small networks cost about as much as one large one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fleetgym.agents.networks import PolicyStack, RecurrentPolicy, features, masked_mse
+from fleetgym.core.errors import UserError
+from fleetgym.core.seeding import torch_generator
+
+if TYPE_CHECKING:
+    from fleetgym.core.demonstrations import SequenceBatch, Statistics
+
+
+@dataclass(frozen=True)
+class ImitationConfig:
+    """How behaviour cloning optimises.
+
+    The loss is the mean squared error of the action over the real steps of whole episodes: a recurrent policy sees
+    each episode from its beginning, as it will when it acts.
+    """
+
+    steps: int = 1000
+    """Gradient steps in all; the learning rate falls along half a cosine over them."""
+    batch_size: int = 8
+    """Episodes a robot draws for each gradient step."""
+    learning_rate: float = 2e-3
+    """Adam's step size at the beginning."""
+    final_learning_rate: float = 2e-5
+    """Adam's step size at the end."""
+    gradient_clip: float = 1.0
+    """Largest norm of one robot's gradient."""
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size", "learning_rate", "gradient_clip"):
+            if not getattr(self, name) > 0:
+                raise UserError(f"{name}={getattr(self, name)}: it must be positive")
+
+
+class FleetLearner:
+    """Trains N policies by behaviour cloning, each on its own demonstrations.
+
+    The episodes of gradient step s depend on (seed, s) alone, so a run that stops and resumes draws the same.
+
+    Args:
+        policies: One policy a robot, of one architecture; they are copied.
+        demonstrations: One batch of padded episodes a robot ([E, T, Do] and so on; E and T may differ).
+        config: Optimisation.
+        seed: Seed of the draws.
+        device: Where to train.
+
+    Raises:
+        UserError: Another number of policies than of demonstrations, sizes that do not fit the policy, or weights or
+            data that are not finite.
+    """
+
+    def __init__(
+        self,
+        policies: Sequence[RecurrentPolicy],
+        demonstrations: Sequence[SequenceBatch],
+        config: ImitationConfig,
+        *,
+        seed: int = 0,
+        device: str = "cpu",
+    ) -> None:
+        if len(policies) != len(demonstrations):
+            raise UserError(f"{len(policies)} policies for {len(demonstrations)} sets of demonstrations")
+        self.config = config
+        self.seed = seed
+        self.device = device
+        self.stack = PolicyStack(policies).to(device)
+        wanted = (self.stack.config["observation_size"], self.stack.config["action_size"])
+        for robot, batch in enumerate(demonstrations):
+            found = (batch.observations.shape[-1], batch.actions.shape[-1])
+            if found != wanted:
+                raise UserError(
+                    f"robot {robot}: demonstrations have observation and action size {found}, its policy has {wanted}"
+                )
+            if not len(batch.observations):
+                raise UserError(f"robot {robot} has no demonstrations")
+        for name, value in self.stack.state_dict().items():
+            if not torch.isfinite(value).all():
+                bad = int(torch.nonzero(~torch.isfinite(value.flatten(1)).all(1))[0])
+                raise UserError(f"robot {bad}: weights {name.replace('/', '.')!r} are not finite")
+        self.observations, self.actions, self.mask = (
+            self._stacked([getattr(batch, field) for batch in demonstrations]).to(device)
+            for field in ("observations", "actions", "mask")
+        )
+        if not (torch.isfinite(self.observations).all() and torch.isfinite(self.actions).all()):
+            raise UserError("the demonstrations hold values that are not finite")
+        self.episodes = torch.tensor([len(batch.observations) for batch in demonstrations])
+        self.optimizer = torch.optim.Adam(self.stack.parameters(), lr=config.learning_rate, foreach=True)
+        self.step_count = 0
+
+    @staticmethod
+    def _stacked(tensors: Sequence[Tensor]) -> Tensor:
+        """Pads the episode and time axes to the largest, and stacks: N of [E, T, ...] -> [N, E, T, ...]."""
+        tensors = [torch.as_tensor(tensor) for tensor in tensors]
+        shape = [len(tensors), max(len(t) for t in tensors), max(t.shape[1] for t in tensors), *tensors[0].shape[2:]]
+        out = torch.zeros(shape, dtype=tensors[0].dtype)
+        for robot, tensor in enumerate(tensors):
+            out[robot, : len(tensor), : tensor.shape[1]] = tensor
+        return out
+
+    def learning_rate(self, step: int) -> float:
+        """Half a cosine from ``learning_rate`` to ``final_learning_rate``."""
+        share = min(step / self.config.steps, 1.0)
+        low, high = self.config.final_learning_rate, self.config.learning_rate
+        return low + 0.5 * (high - low) * (1 + float(np.cos(np.pi * share)))
+
+    def _draw(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Episodes for the next step: [N, B, T, ...] each, T cut to the longest drawn."""
+        robots = len(self.episodes)
+        rng = torch_generator("imitation", self.seed, self.step_count)
+        uniform = torch.rand((robots, self.config.batch_size), generator=rng)
+        index = (uniform * self.episodes[:, None]).long().to(self.device)
+        rows = torch.arange(robots, device=self.device)[:, None]
+        mask = self.mask[rows, index]
+        longest = int(mask.sum(-1).max())
+        return self.observations[rows, index, :longest], self.actions[rows, index, :longest], mask[..., :longest]
+
+    def train(self, steps: int) -> Tensor:
+        """Takes gradient steps.
+
+        Args:
+            steps: How many.
+
+        Returns:
+            The last step's loss of each robot, [N].
+
+        Raises:
+            UserError: The loss is not finite any more.
+        """
+        loss = torch.zeros(len(self.episodes))
+        for _ in range(steps):
+            observations, actions, mask = self._draw()
+            for group in self.optimizer.param_groups:
+                group["lr"] = self.learning_rate(self.step_count)
+            loss = masked_mse(self.stack(observations), actions, mask)
+            self.optimizer.zero_grad(set_to_none=True)
+            # The sum keeps robots apart: each one's gradient is that of its own loss.
+            loss.sum().backward()
+            self._clip()
+            self.optimizer.step()
+            self.step_count += 1
+        if not torch.isfinite(loss).all():
+            bad = torch.nonzero(~torch.isfinite(loss)).flatten().tolist()
+            raise UserError(f"the loss of robot(s) {bad} is not finite at step {self.step_count}; lower learning_rate")
+        return loss.detach().cpu()
+
+    @torch.no_grad()
+    def _clip(self) -> None:
+        """Clips each robot's gradient by its own norm."""
+        gradients = [p.grad for p in self.stack.parameters() if p.grad is not None]
+        norm = torch.stack([g.flatten(1).square().sum(1) for g in gradients]).sum(0).sqrt()
+        scale = (self.config.gradient_clip / norm.clamp(min=1e-12)).clamp(max=1.0)
+        for gradient in gradients:
+            gradient.mul_(scale.view(-1, *[1] * (gradient.ndim - 1)))
+
+    def forget_moments(self) -> None:
+        """Resets Adam, whose moments belong to the weights from before a merge."""
+        self.optimizer.state.clear()
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Everything that training goes on from: tensors, and JSON-able values."""
+        tensors = {f"weights/{name}": value for name, value in self.stack.state_dict().items()}
+        names = [name for name, _ in self.stack.named_parameters()]
+        for name, parameter in zip(names, self.stack.parameters()):
+            for key, value in self.optimizer.state.get(parameter, {}).items():
+                tensors[f"adam/{key}/{name}"] = value
+        return tensors, {"step": self.step_count}
+
+    @torch.no_grad()
+    def load_state(self, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> None:
+        """Puts back what ``state`` gave."""
+        weights = {name[len("weights/") :]: value for name, value in tensors.items() if name.startswith("weights/")}
+        self.stack.load_state_dict(weights)
+        self.optimizer.state.clear()
+        for name, parameter in self.stack.named_parameters():
+            moments = {
+                key: tensors[f"adam/{key}/{name}"].clone()
+                for key in ("step", "exp_avg", "exp_avg_sq")
+                if f"adam/{key}/{name}" in tensors
+            }
+            if moments:
+                # Adam counts its steps on the CPU whatever the device of the weights.
+                self.optimizer.state[parameter] = {
+                    key: value if key == "step" else value.to(parameter.device) for key, value in moments.items()
+                }
+        self.step_count = int(meta["step"])
+
+
+def feature_statistics(batch: SequenceBatch, differences: Sequence[Sequence[int]]) -> Statistics:
+    """Count, mean and variance of each feature of one robot's data: what it sends in place of the data.
+
+    ``Statistics.pool`` of every robot's gives exactly those of everybody's data together.
+
+    Args:
+        batch: Padded episodes.
+        differences: See :class:`fleetgym.agents.networks.RecurrentPolicy`.
+
+    Returns:
+        Statistics of [Df]. What varies by less than 1 mm (or 1e-3 in its own unit) is left unscaled.
+    """
+    from fleetgym.core.demonstrations import Statistics
+
+    steps = torch.as_tensor(batch.observations)[torch.as_tensor(batch.mask)]
+    return Statistics.of(features(steps.double(), differences).numpy(), floor=1e-3)
