@@ -1,0 +1,442 @@
+"""The permutation and sign symmetry of a network, as one object that everything working on weights reads.
+
+Hidden units of a network have no order, and behind an odd activation (tanh) no sign: re-ordering the units of a layer
+and negating some of them, consistently in every tensor that touches them, leaves the function alone. A
+:class:`WeightSpec` names the axis behind each dimension of each tensor of a state dict; two dimensions that carry the
+same name are re-ordered together. It is derived from a module by tracing (:meth:`WeightSpec.from_module`).
+
+The idea of naming axes is that of ``axes_to_perm`` in Git Re-Basin (Ainsworth et al., ICLR 2023); recurrent cells,
+where one tensor carries the same name twice, and sign flips are added here.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from fleetgym.core.errors import UserError, unknown
+
+StateDict = Mapping[str, Tensor]
+Rng = np.random.Generator | torch.Generator | int
+
+
+@dataclass(frozen=True)
+class Axis:
+    """What lies behind one dimension of a tensor.
+
+    Attributes:
+        group: The group of hidden units along this dimension; None where the order is fixed (observations, actions).
+        blocks: How often the units are stacked along the dimension: 3 for the gates of a GRU, 4 for an LSTM.
+        signs: For each block, whether it is negated together with its unit. Rows of sigmoid gates are not.
+        name: What a fixed axis is: ``"in"``, ``"out"`` or ``"fixed"``.
+        size: Length of a fixed axis.
+        parts: The axes that this one joins end to end (a bidirectional cell's output); ``group`` is then None.
+    """
+
+    group: str | None = None
+    blocks: int = 1
+    signs: tuple[bool, ...] = ()
+    name: str = ""
+    size: int = 0
+    parts: tuple[Axis, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.group is not None and not self.signs:
+            object.__setattr__(self, "signs", (False,) * self.blocks)
+        if self.group is not None and len(self.signs) != self.blocks:
+            raise UserError(
+                f"axis {self.group!r} has {self.blocks} blocks and {len(self.signs)} signs; give one a block"
+            )
+
+    @property
+    def fixed(self) -> bool:
+        """Whether nothing along this dimension can move."""
+        return self.group is None and all(part.fixed for part in self.parts)
+
+    def segments(self, groups: Mapping[str, int]) -> list[tuple[str | None, bool, int]]:
+        """The dimension from end to end as (group, negated with its unit, length)."""
+        if self.parts:
+            return [segment for part in self.parts for segment in part.segments(groups)]
+        if self.group is None:
+            return [(None, False, self.size)]
+        return [(self.group, signed, groups[self.group]) for signed in self.signs]
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON-able values."""
+        if self.parts:
+            return {"parts": [part.to_dict() for part in self.parts]}
+        if self.group is None:
+            return {"name": self.name, "size": self.size}
+        return {"group": self.group, "blocks": self.blocks, "signs": list(self.signs)}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Axis:
+        """The inverse of :meth:`to_dict`."""
+        if "parts" in data:
+            return cls(parts=tuple(cls.from_dict(part) for part in data["parts"]))
+        return cls(**{**data, "signs": tuple(data.get("signs", ()))})
+
+
+@dataclass(frozen=True)
+class Element:
+    """An element of the symmetry group: unit i of the new network is ``signs[i]`` times unit ``perms[i]`` of the old.
+
+    Attributes:
+        perms: For each group an index vector, [n] int64.
+        signs: For each group a vector of plus and minus ones, [n] int8; all ones where signs are no symmetry.
+    """
+
+    perms: dict[str, Tensor]
+    signs: dict[str, Tensor]
+
+    def inverse(self) -> Element:
+        """The element that undoes this one."""
+        perms = {group: torch.argsort(perm) for group, perm in self.perms.items()}
+        return Element(perms, {group: self.signs[group][perms[group]] for group in perms})
+
+    def __matmul__(self, other: Element) -> Element:
+        """``(g @ h)`` acts as h first, then g."""
+        return Element(
+            {group: other.perms[group][perm] for group, perm in self.perms.items()},
+            {group: self.signs[group] * other.signs[group][perm] for group, perm in self.perms.items()},
+        )
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Element) or self.perms.keys() != other.perms.keys():
+            return NotImplemented if not isinstance(other, Element) else False
+        return all(
+            torch.equal(self.perms[group], other.perms[group]) and torch.equal(self.signs[group], other.signs[group])
+            for group in self.perms
+        )
+
+    __hash__ = None  # holds tensors
+
+    @property
+    def is_identity(self) -> bool:
+        """Whether it changes nothing."""
+        return all(
+            torch.equal(perm, torch.arange(len(perm))) and bool((self.signs[group] == 1).all())
+            for group, perm in self.perms.items()
+        )
+
+    def to_dict(self) -> dict[str, dict[str, list[int]]]:
+        """As JSON-able values."""
+        return {
+            "perms": {group: perm.tolist() for group, perm in self.perms.items()},
+            "signs": {group: sign.tolist() for group, sign in self.signs.items()},
+        }
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Mapping[str, Sequence[int]]]) -> Element:
+        """The inverse of :meth:`to_dict`."""
+        return cls(
+            {group: torch.tensor(perm, dtype=torch.int64) for group, perm in data["perms"].items()},
+            {group: torch.tensor(sign, dtype=torch.int8) for group, sign in data["signs"].items()},
+        )
+
+
+@dataclass(frozen=True)
+class WeightSpec:
+    """The symmetry of a network: the named axis behind each dimension of each tensor of its state dict.
+
+    Attributes:
+        axes: For each key of the state dict, one :class:`Axis` a dimension.
+        groups: For each group of interchangeable units, how many they are.
+        signed: For each group, whether its units may also be negated. A group that is not listed may not.
+        buffers: Keys of the state dict that are buffers, not parameters.
+        inputs: Size of the last dimension of each input, where the trace shows it.
+        memory: Positions of the outputs that are recurrent state. They are expressed in hidden units, so they move
+            with the symmetry while every other output stays.
+    """
+
+    axes: Mapping[str, tuple[Axis, ...]]
+    groups: Mapping[str, int]
+    signed: Mapping[str, bool] = field(default_factory=dict)
+    buffers: tuple[str, ...] = ()
+    inputs: tuple[int | None, ...] = ()
+    memory: tuple[int, ...] = ()
+
+    @classmethod
+    def from_module(cls, module: nn.Module, example_input: Any = None, *, strict: bool = True) -> WeightSpec:
+        """Derives the symmetry from a module by tracing it with ``torch.fx``.
+
+        Known are linear layers, RNN, GRU and LSTM of any depth (projections, both directions), layer and RMS
+        normalisation, element-wise functions, residual sums, products, concatenation, slicing and reductions.
+        Arguments of ``forward`` that have a default take it.
+
+        Args:
+            module: The network.
+            example_input: A tensor (or a tuple of arguments) to run it on; needed only where the symmetry depends on
+                sizes that the module does not show (reshapes, indexing of inputs).
+            strict: Whether an operation without a rule is an error. If not, what goes through it stays fixed, which
+                is always right and finds less symmetry.
+
+        Returns:
+            The spec.
+
+        Raises:
+            UserError: The module cannot be traced, or holds an operation without a rule (its name is in the message).
+        """
+        from fleetgym.core.tracing import derive
+
+        return derive(module, example_input, strict=strict)
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shape of every tensor."""
+        return {
+            key: tuple(sum(size for *_, size in axis.segments(self.groups)) for axis in axes)
+            for key, axes in self.axes.items()
+        }
+
+    @cached_property
+    def _shapes(self) -> dict[str, tuple[int, ...]]:
+        return self.shapes
+
+    @cached_property
+    def cost_keys(self) -> tuple[str, ...]:
+        """Keys whose tensors count in a distance between weights: all but buffers that nothing moves."""
+        return tuple(k for k, axes in self.axes.items() if k not in self.buffers or not all(a.fixed for a in axes))
+
+    # ---- elements -------------------------------------------------------------------------------------------------
+
+    def identity(self) -> Element:
+        """The element that changes nothing."""
+        return Element(
+            {group: torch.arange(size) for group, size in self.groups.items()},
+            {group: torch.ones(size, dtype=torch.int8) for group, size in self.groups.items()},
+        )
+
+    def random(self, rng: Rng) -> Element:
+        """An element drawn uniformly: a permutation of every group, and signs where they are a symmetry.
+
+        Args:
+            rng: A NumPy or torch generator, or a seed.
+        """
+        if isinstance(rng, torch.Generator):
+            rng = int(torch.randint(2**62, (), generator=rng))
+        rng = np.random.default_rng(rng)
+        perms, signs = {}, {}
+        for group, size in self.groups.items():
+            perms[group] = torch.from_numpy(rng.permutation(size))
+            flips = rng.integers(0, 2, size) * 2 - 1
+            signs[group] = torch.from_numpy(flips).to(torch.int8) if self.signed.get(group) else torch.ones(size).char()
+        return Element(perms, signs)
+
+    def check_element(self, element: Element) -> None:
+        """Raises a UserError unless ``element`` belongs to this spec's group."""
+        for group, size in self.groups.items():
+            for kind, table in (("permutation", element.perms), ("signs", element.signs)):
+                if group not in table or tuple(table[group].shape) != (size,):
+                    got = tuple(table[group].shape) if group in table else "nothing"
+                    raise UserError(f"{kind} of group {group!r}: expected shape ({size},), got {got}")
+            if not torch.equal(torch.sort(element.perms[group]).values, torch.arange(size)):
+                raise UserError(f"group {group!r}: not a permutation of 0..{size - 1}: {element.perms[group].tolist()}")
+            sign = element.signs[group]
+            if not bool((sign.abs() == 1).all()) or not (self.signed.get(group) or bool((sign == 1).all())):
+                raise UserError(f"group {group!r}: signs must be 1{' or -1' if self.signed.get(group) else ''}")
+
+    # ---- acting on weights ----------------------------------------------------------------------------------------
+
+    def validate(self, state_dict: StateDict, *, name: str = "state dict", batched: bool = False) -> None:
+        """Checks that a state dict belongs to this spec.
+
+        Args:
+            state_dict: Tensors by key.
+            name: What to call it in the message.
+            batched: Whether tensors carry one leading axis N.
+
+        Raises:
+            UserError: A key is missing or foreign, or a shape differs; the message has the key and both shapes.
+        """
+        for key, shape in self._shapes.items():
+            if key not in state_dict:
+                raise UserError(f"{name} lacks {key!r} of shape {shape}; it belongs to another architecture")
+            got = tuple(state_dict[key].shape)
+            if (got[1:] if batched else got) != shape:
+                wanted = ("N", *shape) if batched else shape
+                raise UserError(f"{name}: {key!r} has shape {got}, expected {wanted}; it has another architecture")
+        for key in state_dict:
+            if key not in self.axes:
+                raise UserError(f"{name} has {key!r} of shape {tuple(state_dict[key].shape)}, which the spec does not")
+
+    def apply(self, state_dict: StateDict, element: Element, *, batched: bool = False) -> dict[str, Tensor]:
+        """Acts on weights: other weights, the same function.
+
+        Args:
+            state_dict: Tensors by key; they are not touched.
+            element: The group element.
+            batched: Whether tensors carry one leading axis N; the element then acts on each of the N.
+
+        Returns:
+            New tensors by key.
+
+        Raises:
+            UserError: The state dict or the element does not belong to this spec.
+        """
+        self.validate(state_dict, batched=batched)
+        self.check_element(element)
+        made: dict[Axis, tuple[Tensor, Tensor | None]] = {}
+        out = {}
+        for key, tensor in state_dict.items():
+            start = tensor
+            for dim, axis in enumerate(self.axes[key]):
+                if axis.fixed:
+                    continue
+                if axis not in made:
+                    made[axis] = self._index(axis, element)
+                index, sign = made[axis]
+                dim += batched
+                tensor = tensor.index_select(dim, index.to(tensor.device))
+                if sign is not None and tensor.is_floating_point():
+                    tensor = tensor * sign.to(tensor).view(-1, *[1] * (tensor.dim() - dim - 1))
+            out[key] = tensor.clone() if tensor is start else tensor
+        return out
+
+    def permute(self, state_dict: StateDict, perms: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """:meth:`apply` for a permutation of some groups, signs untouched."""
+        for group in perms:
+            if group not in self.groups:
+                raise unknown("group", group, self.groups)
+        identity = self.identity()
+        return self.apply(state_dict, Element({**identity.perms, **perms}, identity.signs))
+
+    def _index(self, axis: Axis, element: Element) -> tuple[Tensor, Tensor | None]:
+        indices, signs, offset, flips = [], [], 0, False
+        for group, signed, size in axis.segments(self.groups):
+            indices.append((torch.arange(size) if group is None else element.perms[group]) + offset)
+            signs.append(element.signs[group] if group is not None and signed else torch.ones(size, dtype=torch.int8))
+            flips = flips or signed
+            offset += size
+        return torch.cat(indices), torch.cat(signs) if flips else None
+
+    def distance(self, a: StateDict, b: StateDict) -> float:
+        """Squared Euclidean distance between two sets of weights, over :attr:`cost_keys`, in float64."""
+        return math.fsum(float((a[k].double() - b[k].double()).square().sum()) for k in self.cost_keys)
+
+    # ---- self-check -----------------------------------------------------------------------------------------------
+
+    def check(self, module: nn.Module, example_input: Any = None, rng: Rng = 0) -> float:
+        """How far a random element moves the module's outputs. Exact symmetry gives rounding error only.
+
+        Args:
+            module: The module; it is run in evaluation mode and left as it was.
+            example_input: A tensor or a tuple of arguments; if None, standard normal [3, 7, in] for each input.
+            rng: Draws the element and the input.
+
+        Returns:
+            Largest absolute difference over all outputs but the memory.
+
+        Raises:
+            UserError: An input's size is not known and no example is given.
+        """
+        if isinstance(rng, torch.Generator):
+            rng = int(torch.randint(2**62, (), generator=rng))
+        rng = np.random.default_rng(rng)
+        weights = module.state_dict()
+        if example_input is None:
+            if not self.inputs or None in self.inputs:
+                raise UserError("the size of the input does not follow from the module; pass example_input")
+            dtype = next((t.dtype for t in weights.values() if t.is_floating_point()), torch.float32)
+            device = next((t.device for t in weights.values()), "cpu")
+            draw = [torch.from_numpy(rng.standard_normal((3, 7, size))) for size in self.inputs]
+            example_input = tuple(x.to(device, dtype) for x in draw)
+        args = example_input if isinstance(example_input, tuple) else (example_input,)
+        # The module's own flags come back as they were, submodule by submodule (some may be frozen in eval mode).
+        modes = {m: m.training for m in module.modules()}
+        module.eval()
+        try:
+            with torch.no_grad():
+                before = torch.func.functional_call(module, weights, args)
+                after = torch.func.functional_call(module, self.apply(weights, self.random(rng)), args)
+        finally:
+            for m, mode in modes.items():
+                m.training = mode
+        pairs = zip(_tensors(before, self.memory), _tensors(after, self.memory))
+        return max((float((x - y).abs().max()) for x, y in pairs if x.numel()), default=0.0)
+
+    def verify(
+        self, module: nn.Module, example_input: Any = None, rng: Rng = 0, tolerance: float | None = None
+    ) -> float:
+        """:meth:`check` that raises.
+
+        Args:
+            module: See :meth:`check`.
+            example_input: See :meth:`check`.
+            rng: See :meth:`check`.
+            tolerance: Largest deviation allowed; 1e-5 for float32 weights and 1e-12 for float64 unless given.
+
+        Returns:
+            The deviation.
+
+        Raises:
+            UserError: The deviation is larger.
+        """
+        if tolerance is None:
+            double = all(t.dtype == torch.float64 for t in module.state_dict().values() if t.is_floating_point())
+            tolerance = 1e-12 if double else 1e-5
+        deviation = self.check(module, example_input, rng)
+        if not deviation <= tolerance:
+            raise UserError(
+                f"{type(module).__name__}: a random element of its group moves the output by {deviation:.3g}, more than "
+                f"{tolerance:.3g}; the spec does not describe this module"
+            )
+        return deviation
+
+    # ---- plain values ---------------------------------------------------------------------------------------------
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON-able values."""
+        return {
+            "schema": 1,
+            "axes": {key: [axis.to_dict() for axis in axes] for key, axes in self.axes.items()},
+            "groups": dict(self.groups),
+            "signed": dict(self.signed),
+            "buffers": list(self.buffers),
+            "inputs": list(self.inputs),
+            "memory": list(self.memory),
+        }
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> WeightSpec:
+        """The inverse of :meth:`to_dict`.
+
+        Raises:
+            UserError: Written by a newer version.
+        """
+        if data.get("schema") != 1:
+            raise UserError(f"weight spec of schema {data.get('schema')}; this version reads schema 1, please upgrade")
+        return cls(
+            axes={key: tuple(Axis.from_dict(axis) for axis in axes) for key, axes in data["axes"].items()},
+            groups=dict(data["groups"]),
+            signed=dict(data["signed"]),
+            buffers=tuple(data["buffers"]),
+            inputs=tuple(data["inputs"]),
+            memory=tuple(data["memory"]),
+        )
+
+    def __str__(self) -> str:
+        lines = [
+            f"{name}: {size} units{', signed' if self.signed.get(name) else ''}" for name, size in self.groups.items()
+        ]
+        return "\n".join(
+            lines + [f"{key}: {json.dumps([a.to_dict() for a in axes])}" for key, axes in self.axes.items()]
+        )
+
+
+def _tensors(value: Any, skip: Iterable[int] = ()) -> list[Tensor]:
+    if isinstance(value, Tensor):
+        return [value]
+    if isinstance(value, Mapping):
+        value = list(value.values())
+    if isinstance(value, (tuple, list)):
+        return [tensor for i, item in enumerate(value) if i not in skip for tensor in _tensors(item)]
+    return []
