@@ -12,14 +12,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from fleetgym.agents.networks import PolicyStack, RecurrentPolicy, masked_mse
 from torch import Tensor
 
-from fleetgym.agents.networks import PolicyStack, RecurrentPolicy, features, masked_mse
 from fleetgym.core.errors import UserError
 from fleetgym.core.seeding import torch_generator
 
 if TYPE_CHECKING:
-    from fleetgym.core.demonstrations import SequenceBatch, Statistics
+    from fleetgym.core.demonstrations import SequenceBatch
 
 
 @dataclass(frozen=True)
@@ -198,21 +198,3 @@ class FleetLearner:
                     key: value if key == "step" else value.to(parameter.device) for key, value in moments.items()
                 }
         self.step_count = int(meta["step"])
-
-
-def feature_statistics(batch: SequenceBatch, differences: Sequence[Sequence[int]]) -> Statistics:
-    """Count, mean and variance of each feature of one robot's data: what it sends in place of the data.
-
-    ``Statistics.pool`` of every robot's gives exactly those of everybody's data together.
-
-    Args:
-        batch: Padded episodes.
-        differences: See :class:`fleetgym.agents.networks.RecurrentPolicy`.
-
-    Returns:
-        Statistics of [Df]. What varies by less than 1 mm (or 1e-3 in its own unit) is left unscaled.
-    """
-    from fleetgym.core.demonstrations import Statistics
-
-    steps = torch.as_tensor(batch.observations)[torch.as_tensor(batch.mask)]
-    return Statistics.of(features(steps.double(), differences).numpy(), floor=1e-3)

@@ -304,7 +304,7 @@ class _GRUScan(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, gates: Tensor, w_hh: Tensor, b_hh: Tensor) -> Tensor:
-        """gates [T, N, B, 3H] are the inputs' share (W_ih x + b_ih); returns the hidden states [T, N, B, H]."""
+        """Gates [T, N, B, 3H] are the inputs' share (W_ih x + b_ih); returns the hidden states [T, N, B, H]."""
         time, num, batch, width = gates.shape
         size = width // 3
         w_t, bias = w_hh.transpose(1, 2).contiguous(), b_hh[:, None]
