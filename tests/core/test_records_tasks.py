@@ -1,4 +1,5 @@
 import pytest
+
 from fleetgym.core.errors import UserError
 from fleetgym.core.files import write_json
 from fleetgym.core.records import EvalRecord
