@@ -29,10 +29,12 @@ if [ ! -x .venv/bin/python ] || ! .venv/bin/python -c 'import sys' >/dev/null 2>
     fi
 fi
 
+echo "installing the pinned packages into .venv (a minute or two, once)"
 if command -v uv >/dev/null 2>&1; then
     # uv does not read pip's configuration; a local folder of wheels is the part of it that matters.
     uv pip install --quiet --python .venv/bin/python ${PIP_FIND_LINKS:+--find-links "$PIP_FIND_LINKS"} \
         --constraint constraints.txt --editable '.[dev]'
 else
-    .venv/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+    # Twice quiet: errors are printed, warnings about indexes are not.
+    .venv/bin/python -m pip install -qq --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
 fi
