@@ -1,4 +1,14 @@
-"""fleetgym.benchmarks."""
+"""Everything that measures. ``BENCHMARKS`` names the protocols that ``fleetgym bench`` runs."""
 
 if __name__ == "benchmarks":
     raise ImportError("import 'fleetgym.benchmarks', not 'benchmarks'")
+
+from typing import Any
+
+from fleetgym.core.registry import Registry
+
+BENCHMARKS: Registry[Any] = Registry("benchmark", group="fleetgym.benchmarks")
+"""Name -> ``main(argv) -> int`` of the protocol."""
+
+BENCHMARKS.register("fleet_merge", "fleetgym.benchmarks.fleet_merge:main")
+BENCHMARKS.register("speed", "fleetgym.benchmarks.speed:main")
