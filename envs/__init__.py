@@ -1,8 +1,27 @@
-"""fleetgym.envs."""
+"""fleetgym.envs: worlds. Importing it imports no simulator; ``register_envs`` names them to Gymnasium."""
 
 if __name__ == "envs":
     raise ImportError("import 'fleetgym.envs', not 'envs'")
 
+from fleetgym.envs.suite import SUITES, EnvSuite, Task, suite
+
+__all__ = ["SUITES", "EnvSuite", "Task", "register_envs", "suite"]
+
 
 def register_envs() -> None:
-    """Registers every environment with Gymnasium (strings only: nothing heavy is imported)."""
+    """Registers every environment with Gymnasium: strings only, nothing heavy is imported. May be called twice."""
+    from gymnasium.envs.registration import register, registry
+
+    from fleetgym.envs.meta_world.tasks import HORIZON, TASKS
+
+    for task in TASKS:
+        if f"MetaWorld/{task}" not in registry:
+            register(
+                f"MetaWorld/{task}",
+                entry_point="fleetgym.envs.meta_world.env:MetaWorldEnv",
+                max_episode_steps=HORIZON,
+                kwargs={"task": task},
+            )
+    for name in ("MT10", "MT50"):
+        if f"MetaWorld/{name}" not in registry:
+            register(f"MetaWorld/{name}", vector_entry_point=f"fleetgym.envs.meta_world.vector:{name.lower()}")

@@ -1,0 +1,98 @@
+"""Quick pictures of MuJoCo scenes without a screen."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fleetgym.core.errors import UserError, unknown
+from fleetgym.core.render import NO_GL_HELP, choose_gl
+
+choose_gl()  # before MuJoCo is imported
+
+import mujoco  # noqa: E402
+import numpy as np  # noqa: E402
+
+
+class Camera:
+    """A camera on a simulation, made for speed: no shadows, reflections, sky or anti-aliasing.
+
+    On software OpenGL this is ten times as fast as MuJoCo's default. The OpenGL context belongs to the thread that
+    draws the first frame.
+
+    Args:
+        model: A ``mujoco.MjModel``. Its visual settings are changed; they do not touch the physics.
+        height: Pixels.
+        width: Pixels.
+        camera: Name of a camera of the model, or None for the free camera.
+        upside_down: Whether the model has this camera the wrong way up; the picture is then turned by 180 degrees.
+
+    Raises:
+        UserError: The model has no such camera, or the size is not positive.
+    """
+
+    def __init__(
+        self, model: Any, height: int, width: int, camera: str | None = None, *, upside_down: bool = False
+    ) -> None:
+        if height < 1 or width < 1:
+            raise UserError(f"a picture of {height} x {width} pixels; both must be positive")
+        names = [model.camera(index).name for index in range(model.ncam)]
+        if camera is not None and camera not in names:
+            raise unknown("camera", camera, names)
+        self.model, self.height, self.width, self.camera = model, height, width, camera
+        self.upside_down = upside_down
+        self._renderer: Any = None
+
+    def render(self, data: Any) -> np.ndarray:
+        """Draws the scene.
+
+        Args:
+            data: The ``mujoco.MjData`` to draw.
+
+        Returns:
+            RGB picture [height, width, 3], uint8.
+
+        Raises:
+            UserError: OpenGL does not work here; the message says what to install.
+        """
+        if self._renderer is None:
+            self._renderer = self._open()
+        self._renderer.update_scene(data, camera=-1 if self.camera is None else self.camera)
+        picture = self._renderer.render()
+        return picture[::-1, ::-1].copy() if self.upside_down else picture.copy()
+
+    def _open(self) -> Any:
+        backend = choose_gl()
+        if backend == "disable":
+            raise UserError(f"cannot draw pictures: {NO_GL_HELP}")
+        visual = self.model.vis
+        visual.quality.offsamples = 0
+        visual.quality.shadowsize = 0
+        visual.global_.offwidth = max(visual.global_.offwidth, self.width)
+        visual.global_.offheight = max(visual.global_.offheight, self.height)
+        try:
+            renderer = mujoco.Renderer(self.model, self.height, self.width)
+        except Exception as error:  # each back end fails in its own way
+            raise UserError(
+                f"cannot draw pictures with the OpenGL back end {backend or 'of the system'!r} ({error}); {NO_GL_HELP} "
+                "(the environment variable MUJOCO_GL chooses: egl, osmesa, glfw)"
+            ) from error
+        for flag in (
+            mujoco.mjtRndFlag.mjRND_SHADOW,
+            mujoco.mjtRndFlag.mjRND_REFLECTION,
+            mujoco.mjtRndFlag.mjRND_SKYBOX,
+            mujoco.mjtRndFlag.mjRND_HAZE,
+        ):
+            renderer.scene.flags[flag] = False
+        return renderer
+
+    def close(self) -> None:
+        """Frees the OpenGL context; the camera may be used again, with a new one."""
+        if self._renderer is not None:
+            self._renderer.close()
+            self._renderer = None
+
+    def __del__(self) -> None:
+        try:
+            self.close()
+        except Exception:  # at the end of the process OpenGL may be gone already
+            pass
