@@ -1,0 +1,369 @@
+"""The plots of a leaderboard page, as inline SVG that takes its colours and its font from the page's CSS.
+
+Matplotlib draws with colours that stand for CSS variables (``ink``, ``m0``..), which are put in afterwards: so one
+drawing serves the light and the dark scheme. Nothing here touches pyplot or leaves a global setting changed.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+SLOTS = 12
+"""Number of colours for methods; the page defines ``--m0`` to ``--m11`` in both schemes."""
+
+_NAMES = ("ink", "muted", "grid", "surface", "accent", "warm", *(f"m{i}" for i in range(SLOTS)))
+# Colours that nobody would choose, one for each CSS variable.
+_COLOURS = {name: f"#0d0e{16 + i:02x}" for i, name in enumerate(_NAMES)}
+_MARKERS = "osD^vPX*<>ph"
+_LABEL_LENGTH = 26
+_STYLE = {
+    "axes.edgecolor": _COLOURS["muted"],
+    "axes.labelcolor": _COLOURS["muted"],
+    "axes.spines.right": False,
+    "axes.spines.top": False,
+    "axes.facecolor": "none",
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "figure.facecolor": "none",
+    "savefig.facecolor": "none",
+    "font.size": 10,
+    "grid.color": _COLOURS["grid"],
+    "grid.linewidth": 0.8,
+    "legend.frameon": False,
+    "legend.labelcolor": _COLOURS["ink"],
+    "svg.fonttype": "none",
+    "text.color": _COLOURS["ink"],
+    "text.parse_math": False,  # a "$" in a label is a dollar
+    "xtick.color": _COLOURS["muted"],
+    "ytick.color": _COLOURS["muted"],
+    "xtick.major.size": 0,
+    "ytick.major.size": 0,
+}
+
+
+def human_bytes(count: float | None) -> str:
+    """Formats a number of bytes in decimal units, such as ``1.2 MB``; None gives a dash."""
+    if count is None:
+        return "–"
+    for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if count >= 0.9995 * size:
+            return f"{count / size:.3g} {unit}"
+    return f"{count:.3g} B"
+
+
+def _svg(draw: Callable[[Figure], None], size: tuple[float, float], name: str, alt: str) -> str:
+    """Draws on a new figure and returns it as an ``<svg>`` element for a page.
+
+    Args:
+        draw: Fills the figure.
+        size: Width and height in inches.
+        name: Makes the ids of this drawing different from those of others on the page.
+        alt: What the drawing shows, for those who cannot see it.
+    """
+    import html
+    import io
+
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    with matplotlib.rc_context():
+        matplotlib.rcdefaults()  # not the user's matplotlibrc: the same records give the same page everywhere
+        matplotlib.rcParams.update({**_STYLE, "svg.hashsalt": name})
+        figure = Figure(figsize=size)
+        draw(figure)
+        buffer = io.StringIO()
+        figure.savefig(buffer, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
+    text = buffer.getvalue()
+    text = re.sub(r"<metadata>.*?</metadata>\s*", "", text[text.index("<svg") :], flags=re.DOTALL)
+    text = re.sub(r"<!--.*?-->\s*", "", text, flags=re.DOTALL)
+    text = re.sub(r'\b(id="|href="#)', rf"\g<1>{name}-", text).replace("url(#", f"url(#{name}-")
+    text = re.sub(r"font: ([^;\"]*?)([\d.]+)px [^;\"]*", r"font-size: \2px", text)
+    text = re.sub(r"font-family: [^;\"]*;?", "", text)
+    # The page's CSS holds for the whole document; the drawing's own rule sheet would as well.
+    text = re.sub(r"<style[^>]*>.*?</style>", "", text, flags=re.DOTALL)
+    for variable, colour in _COLOURS.items():
+        text = text.replace(colour, f"var(--{variable})")
+    opening = text[: text.index(">") + 1]
+    box = re.search(r'viewBox="[^"]*"', opening).group()
+    label = html.escape(alt, quote=True)
+    head = f'<svg {box} xmlns:xlink="http://www.w3.org/1999/xlink" role="img" aria-label="{label}" class="{name}">'
+    return head + text[len(opening) :].strip()
+
+
+def colour(row: Mapping[str, Any]) -> str:
+    """The CSS colour of a method."""
+    return f"var(--m{row['slot']})"
+
+
+def _short(label: str) -> str:
+    return label if len(label) <= _LABEL_LENGTH else label[: _LABEL_LENGTH - 1] + "…"
+
+
+def _spread(heights: Sequence[float], gap: float, low: float, high: float) -> list[float]:
+    """Moves heights apart by at least ``gap``, within ``low``..``high`` as far as there is room."""
+    if not heights:
+        return []
+    order = sorted(range(len(heights)), key=lambda i: heights[i])
+    gap = min(gap, (high - low) / max(1, len(heights) - 1))
+    places = [max(low, heights[i]) for i in order]
+    for i in range(1, len(places)):
+        places[i] = max(places[i], places[i - 1] + gap)
+    places[-1] = min(places[-1], high)
+    for i in range(len(places) - 2, -1, -1):
+        places[i] = min(places[i], places[i + 1] - gap)
+    result = [0.0] * len(heights)
+    for place, i in zip(places, order):
+        result[i] = place
+    return result
+
+
+def _rate_axis(axes: Axes, label: str = "Success over all tasks") -> None:
+    axes.set_ylim(-0.03, 1.03)
+    axes.set_yticks([0, 0.25, 0.5, 0.75, 1], ["0", "25%", "50%", "75%", "100%"])
+    axes.set_ylabel(label)
+
+
+def _margin_labels(axes: Axes, ends: Sequence[tuple[float, str, str]]) -> None:
+    """Writes names beside the right edge, at the heights of what they name but clear of one another."""
+    height = axes.get_position().height * axes.figure.get_size_inches()[1] * 72
+    low, high = axes.get_ylim()
+    gap = min(13.0, height / max(1, len(ends)))
+    places = _spread([y for y, _, _ in ends], gap / height * (high - low), low + 0.02, high - 0.02)
+    for (y, label, paint), place in zip(ends, places):
+        axes.annotate(
+            _short(label),
+            xy=(1.0, y),
+            xycoords=("axes fraction", "data"),
+            xytext=(1.045, place),
+            textcoords=("axes fraction", "data"),
+            va="center",
+            fontsize=min(9.5, gap * 0.85),
+            color=paint,
+            annotation_clip=False,
+            arrowprops={"arrowstyle": "-", "color": paint, "linewidth": 0.7, "shrinkA": 1, "shrinkB": 0},
+        )
+
+
+def learning_curve(rows: Sequence[Mapping[str, Any]], lines: Sequence[Mapping[str, Any]] = ()) -> str | None:
+    """Success by round: a line and a band (least to most over training seeds) where there is a curve.
+
+    Joint training, robots alone and methods without a curve are horizontal lines at their final success.
+
+    Args:
+        rows: Rows of the leaderboard.
+        lines: Further horizontal lines, each with ``label`` and ``success``.
+
+    Returns:
+        An SVG element, or None when no method has a curve.
+    """
+    curved = [row for row in rows if row["curve"] and row["kind"] == "merged"]
+    if not curved:
+        return None
+    # Methods without rounds, such as one trained for a number of steps only, are compared by gradient steps.
+    axis = next((key for key in ("round", "gradient_steps") if all(key in p for r in curved for p in r["curve"])), None)
+    if axis is None:
+        return None
+    name = {"round": "Round", "gradient_steps": "Gradient steps"}[axis]
+
+    def draw(figure: Figure) -> None:
+        axes = figure.add_axes((0.105, 0.15, 0.615, 0.80))
+        _rate_axis(axes)
+        ends = []
+        for row in rows:
+            paint = _COLOURS[f"m{row['slot']}"]
+            if row not in curved:
+                axes.axhline(row["success"], color=paint, linewidth=1.5, linestyle=(0, (5, 3)))
+                ends.append((row["success"], row["label"], paint))
+                continue
+            x = [point[axis] for point in row["curve"]]
+            y = [point["success"] for point in row["curve"]]
+            if row["seeds"] > 1:
+                low, high = ([point[key] for point in row["curve"]] for key in ("low", "high"))
+                axes.fill_between(x, low, high, color=paint, alpha=0.16, linewidth=0)
+            axes.plot(
+                x,
+                y,
+                color=paint,
+                linewidth=2.6 if row["best_merged"] else 1.8,
+                marker=_MARKERS[row["slot"]],
+                markersize=5,
+                markeredgecolor=_COLOURS["surface"],
+                zorder=4 if row["best_merged"] else 3,
+            )
+            ends.append((y[-1], row["label"], paint))
+        for line in lines:
+            axes.axhline(line["success"], color=_COLOURS["muted"], linewidth=1, linestyle=(0, (1, 2)))
+            ends.append((line["success"], line["label"], _COLOURS["muted"]))
+        last = max(point[axis] for row in curved for point in row["curve"])
+        first = min(point[axis] for row in curved for point in row["curve"])
+        axes.set_xlim(min(0, first), last if last > min(0, first) else last + 1)
+        axes.set_xlabel(name)
+        axes.grid(axis="x", visible=False)
+        _margin_labels(axes, ends)
+
+    parts = [f"{row['label']} ends at {row['curve'][-1]['success']:.0%}" for row in curved]
+    parts += [f"{row['label']} is at {row['success']:.0%}" for row in rows if row not in curved]
+    return _svg(draw, (6.8, 4.0), "curve", f"Line plot of success by {name.lower()}. {'; '.join(parts)}.")
+
+
+def _byte_ticks(low: float, high: float) -> list[float]:
+    decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    for steps in ((1, 2, 5), (1, 3), (1,)):
+        ticks = [step * 10.0**k for k in decades for step in steps if low <= step * 10.0**k <= high]
+        if len(ticks) <= 5:
+            break
+    stride = math.ceil(len(ticks) / 6)
+    return ticks[::stride] or [low]
+
+
+def communication(rows: Sequence[Mapping[str, Any]]) -> str | None:
+    """Success against the bytes that each robot sent, on a logarithmic axis with a place of its own for nothing.
+
+    Returns:
+        An SVG element, or None when no method sent anything.
+    """
+    sent = [row for row in rows if row["bytes_sent"] is not None]
+    if not any(row["bytes_sent"] for row in sent):
+        return None
+    trails = {
+        row["method"]: [(p["bytes_sent"], p["success"]) for p in row["curve"] if p.get("bytes_sent")]
+        for row in sent
+        if row["bytes_sent"]
+    }
+    values = [row["bytes_sent"] for row in sent if row["bytes_sent"]]
+    values += [x for trail in trails.values() for x, _ in trail]
+    low, high = min(values) / 1.6, max(values) * 1.6
+    silent = any(row["bytes_sent"] == 0 for row in sent)
+    # A logarithmic axis has no zero: those who sent nothing stand left of a gap of a fixed share of the width.
+    zero = low / (high / low) ** 0.14
+
+    def draw(figure: Figure) -> None:
+        axes = figure.add_axes((0.105, 0.15, 0.615, 0.80))
+        _rate_axis(axes)
+        axes.set_xscale("log")
+        axes.set_xlim(zero / (high / low) ** 0.06 if silent else low, high)
+        axes.xaxis.set_minor_locator(_null_locator())
+        ticks = _byte_ticks(low, high)
+        names = [human_bytes(tick) for tick in ticks]
+        axes.set_xticks([zero, *ticks] if silent else ticks, ["nothing", *names] if silent else names)
+        if silent:
+            edge = low / (high / low) ** 0.05
+            axes.axvline(edge, color=_COLOURS["muted"], linewidth=0.8, linestyle=(0, (1, 2)))
+        axes.set_xlabel("Sent by each robot in total")
+        ends = []
+        for row in sent:
+            paint, marker = _COLOURS[f"m{row['slot']}"], _MARKERS[row["slot"]]
+            x = row["bytes_sent"] or zero
+            trail = trails.get(row["method"], [])
+            if len(trail) > 1:
+                axes.plot(*zip(*trail), color=paint, linewidth=1.6, alpha=0.75, zorder=3)
+            error = [[max(0.0, row["success"] - row["low"])], [max(0.0, row["high"] - row["success"])]]
+            axes.errorbar(
+                x,
+                row["success"],
+                yerr=error,
+                color=paint,
+                marker=marker,
+                markersize=9 if row["best_merged"] else 7.5,
+                markeredgecolor=_COLOURS["surface"],
+                elinewidth=1.6,
+                zorder=5,
+            )
+            ends.append((row["success"], f"{row['label']}", paint, marker))
+        _marker_labels(axes, ends)
+
+    parts = [f"{row['label']}: {human_bytes(row['bytes_sent'])}, {row['success']:.0%}" for row in sent]
+    return _svg(draw, (6.8, 4.0), "sent", f"Success against bytes sent by each robot. {'; '.join(parts)}.")
+
+
+def _null_locator() -> Any:
+    from matplotlib.ticker import NullLocator
+
+    return NullLocator()
+
+
+def _marker_labels(axes: Axes, ends: Sequence[tuple[float, str, str, str]]) -> None:
+    """A key at the right edge: markers and names, in the order of the heights they stand at."""
+    height = axes.get_position().height * axes.figure.get_size_inches()[1] * 72
+    low, high = axes.get_ylim()
+    gap = min(15.0, height / max(1, len(ends)))
+    places = _spread([end[0] for end in ends], gap / height * (high - low), low + 0.02, high - 0.02)
+    for (_, label, paint, marker), place in zip(ends, places):
+        blend = axes.get_yaxis_transform()
+        axes.plot(1.04, place, marker=marker, color=paint, markersize=6, transform=blend, clip_on=False, linestyle="")
+        size = min(9.5, gap * 0.8)
+        axes.text(1.07, place, _short(label), color=paint, fontsize=size, va="center", transform=blend)
+
+
+def interpolation(data: Mapping[str, Any]) -> str | None:
+    """Loss, and success if given, along the straight line between two policies' weights.
+
+    Args:
+        data: ``lambda`` (positions in 0..1), ``series`` (each with ``name`` and ``loss`` and/or ``success``, one value
+            or None for each position), and optionally ``robots`` (names of the two ends).
+
+    Returns:
+        An SVG element, or None when there is no value.
+    """
+    position, series = data["lambda"], data["series"]
+
+    def known(one: Mapping[str, Any], key: str) -> list[tuple[float, float]]:
+        # Success costs rollouts, so it may be known at some positions only.
+        return [(x, y) for x, y in zip(position, one.get(key) or ()) if y is not None]
+
+    shown = [key for key in ("success", "loss") if any(known(one, key) for one in series)]
+    if not shown:
+        return None
+    ends = [str(name) for name in (data.get("robots") or ("first robot", "second robot"))]
+
+    def draw(figure: Figure) -> None:
+        paints = [_COLOURS["warm"], _COLOURS["accent"], *(_COLOURS[f"m{i}"] for i in range(6, SLOTS))]
+        for i, key in enumerate(shown):
+            left, width = ((0.105, 0.84), (0.09, 0.385))[len(shown) > 1]
+            axes = figure.add_axes((left + i * 0.505, 0.20, width, 0.66))
+            handles = []
+            for j, one in enumerate(series):
+                if points := known(one, key):
+                    handles += axes.plot(
+                        *zip(*points),
+                        color=paints[j % len(paints)],
+                        marker="os^D"[j % 4],
+                        markersize=4.5,
+                        markeredgecolor=_COLOURS["surface"],
+                        linewidth=2.2,
+                        linestyle=("-", (0, (5, 2)))[j % 2 == 0 and len(series) > 1],
+                        label=one["name"],
+                    )
+            if key == "success":
+                _rate_axis(axes, "Success on both tasks")
+            else:
+                values = [y for one in series for _, y in known(one, key)]
+                if min(values) > 0 and max(values) / min(values) > 30:
+                    axes.set_yscale("log")
+                else:
+                    axes.set_ylim(min(0, min(values)), 1.06 * max(values) if max(values) > 0 else 1)
+                axes.set_ylabel("Imitation loss on both tasks")
+            axes.set_xlim(-0.02, 1.02)
+            axes.set_xticks([0, 0.5, 1], [_short(ends[0]), "midway", _short(ends[-1])])
+            for tick, side in zip(axes.get_xticklabels(), ("left", "center", "right")):
+                tick.set_horizontalalignment(side)
+            axes.set_xlabel("Weights, from one robot's to the other's")
+            axes.grid(axis="x", visible=False)
+            if i == 0:
+                figure.legend(handles=handles, loc="upper center", ncols=len(handles), bbox_to_anchor=(0.5, 1.0))
+
+    parts = []
+    for one in series:
+        for key in shown:
+            if points := known(one, key):
+                x, y = min(points, key=lambda point: abs(point[0] - 0.5))
+                parts.append(f"{one['name']}: {key} {y:.3g} at {x:.2g}")
+    alt = f"Along the line between the weights of {ends[0]} and {ends[-1]}. {'; '.join(parts)}."
+    return _svg(draw, (6.8, 3.6), "interpolation", alt)
