@@ -59,14 +59,18 @@ def describe(name: str) -> dict[str, Any]:
         "mergers": _merger,
         "benchmarks": _benchmark,
     }
-    names = {kind: found() for kind, found in KINDS.items()}
-    for kind, found in names.items():
+    known: list[str] = []
+    for kind, names in KINDS.items():
+        found = names()
         if name in found:
             return describers[kind](name)
-    tasks = _tasks(names["suites"])
-    if name in tasks:
-        return _task(tasks[name], name)
-    raise unknown("name or path", name, [*tasks, *(item for found in names.values() for item in found)])
+        known += found
+        if kind == "suites":
+            tasks = _tasks(found)
+            if name in tasks:
+                return _task(tasks[name], name)
+            known += tasks
+    raise unknown("name or path", name, known)
 
 
 def _show(value: Any) -> str:
