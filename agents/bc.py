@@ -127,7 +127,6 @@ def main(argv: Sequence[str]) -> int:
     }
     with Run.open(args.out, config, resume=args.resume, name="bc") as run:
         checkpoint = train_bc(args, run)
-    print(
-        f"loss {checkpoint.info['metrics']['loss']:.4g} after {args.imitation.steps} steps; written to {checkpoint.path}"
-    )
+    loss = checkpoint.info["metrics"]["loss"]
+    print(f"loss {loss:.4g} after {args.imitation.steps} steps; written to {checkpoint.path}")
     return 0

@@ -1,0 +1,184 @@
+"""``fleetgym bench speed``: us beside a peer, in one process, in turn, with the ratio.
+
+Each comparison runs A B A B ...; the ratio is the median of the pairs' ratios, so that a machine whose speed drifts
+disturbs both sides alike. Seconds are processor seconds of one thread.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from fleetgym.core.errors import UserError, unknown
+from fleetgym.core.files import write_json
+from fleetgym.core.records import provenance
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Two ways to do the same work.
+
+    Attributes:
+        unit: What is counted.
+        count: How many of them a call does.
+        ours: Does the work once.
+        peer: The same work, the peer's way.
+        peer_name: Who the peer is.
+    """
+
+    unit: str
+    count: int
+    ours: Callable[[], Any]
+    peer: Callable[[], Any]
+    peer_name: str
+
+
+def meta_world() -> Comparison:
+    """Steps of pick-place with random actions, resets among them, beside upstream's class."""
+    import warnings
+
+    from fleetgym.envs import suite
+
+    steps = 300
+    actions = np.random.default_rng(0).uniform(-1, 1, (steps, 4)).astype(np.float32)
+    env = suite("meta_world").make("pick-place-v3")
+
+    def ours() -> None:
+        env.reset(seed=0)
+        for action in actions:
+            env.step(action)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from metaworld.env_dict import ALL_V3_ENVIRONMENTS
+
+        upstream = ALL_V3_ENVIRONMENTS["pick-place-v3"]()
+    upstream._partially_observable, upstream._freeze_rand_vec, upstream._set_task_called = False, False, True
+    upstream.seeded_rand_vec = True
+    upstream.__dict__.pop("sawyer_observation_space", None)
+
+    def peer() -> None:
+        upstream.seed(0)
+        upstream.reset()
+        for action in actions:
+            upstream.step(action)
+
+    return Comparison("environment steps", steps, ours, peer, "metaworld")
+
+
+def fleet_training() -> Comparison:
+    """A gradient step of five GRU policies on five robots' episodes, beside five ``nn.GRU`` networks in a loop."""
+    from fleetgym.agents.networks import PolicyStack, RecurrentPolicy, masked_mse
+
+    torch.manual_seed(0)
+    robots, batch, steps = 5, 8, 90
+    policies = [RecurrentPolicy(44, 4) for _ in range(robots)]
+    stack = PolicyStack(policies)
+    x, y = torch.randn(robots, batch, steps, 44), torch.randn(robots, batch, steps, 4)
+    mask = torch.ones(robots, batch, steps)
+
+    def ours() -> None:
+        stack.zero_grad()
+        masked_mse(stack(x), y, mask).sum().backward()
+
+    def peer() -> None:
+        for n, policy in enumerate(policies):
+            policy.zero_grad()
+            masked_mse(policy(x[n])[0], y[n], mask[n]).backward()
+
+    return Comparison("gradient steps of a fleet of 5", 1, ours, peer, "torch.nn.GRU, one robot after the other")
+
+
+def matching() -> Comparison:
+    """Aligning two GRU-128 policies by Frank-Wolfe, beside the Sinkhorn operator that the paper describes."""
+    from fleetgym.agents.networks import RecurrentPolicy
+    from fleetgym.core.weights import WeightSpec
+    from fleetgym.merging.matching import match
+
+    torch.manual_seed(0)
+    policies = [RecurrentPolicy(44, 4, hidden=128) for _ in range(2)]
+    spec = WeightSpec.from_module(policies[0])
+    states = [policy.state_dict() for policy in policies]
+    return Comparison(
+        "alignments",
+        1,
+        lambda: match(spec, *states, method="frank_wolfe"),
+        lambda: match(spec, *states, method="sinkhorn"),
+        "our own sinkhorn matcher",
+    )
+
+
+COMPARISONS = {"meta_world": meta_world, "fleet_training": fleet_training, "matching": matching}
+
+
+def compare(comparison: Comparison, repeat: int) -> dict[str, Any]:
+    """Runs both sides in turn.
+
+    Args:
+        comparison: What to run.
+        repeat: Pairs after one warm-up pair.
+
+    Returns:
+        Medians in units a CPU-second, and the median ratio ours / peer's.
+    """
+
+    def seconds(work: Callable[[], Any]) -> float:
+        began = time.process_time()
+        work()
+        return time.process_time() - began
+
+    pairs = [(seconds(comparison.ours), seconds(comparison.peer)) for _ in range(repeat + 1)][1:]
+    ratios = [peer / ours for ours, peer in pairs]
+    return {
+        "unit": comparison.unit,
+        "ours_per_cpu_second": comparison.count / statistics.median(ours for ours, _ in pairs),
+        "peer_per_cpu_second": comparison.count / statistics.median(peer for _, peer in pairs),
+        "peer": comparison.peer_name,
+        "ratio": statistics.median(ratios),
+        "ratio_min": min(ratios),
+        "ratio_max": max(ratios),
+        "pairs": repeat,
+    }
+
+
+@dataclass
+class Args:
+    """Measure fleetgym beside a peer, in one process and in turn, and print the ratio."""
+
+    only: tuple[str, ...] = ()
+    """Comparisons to run; all by default."""
+    repeat: int = 5
+    """Pairs of runs of each."""
+    out: Path | None = None
+    """Write the figures to this .json file."""
+
+
+def main(argv: Sequence[str]) -> int:
+    """``fleetgym bench speed``."""
+    import tyro
+
+    args = tyro.cli(Args, args=list(argv), prog="fleetgym bench speed")
+    for name in args.only:
+        if name not in COMPARISONS:
+            raise unknown("comparison", name, COMPARISONS)
+    if args.repeat < 1:
+        raise UserError(f"--repeat {args.repeat}: it must be at least 1")
+    torch.set_num_threads(1)
+    results = {}
+    for name in args.only or COMPARISONS:
+        results[name] = row = compare(COMPARISONS[name](), args.repeat)
+        print(
+            f"{name}: {row['ours_per_cpu_second']:.4g} {row['unit']} a CPU-second, {row['peer']} "
+            f"{row['peer_per_cpu_second']:.4g}: {row['ratio']:.2f} times as fast "
+            f"({row['ratio_min']:.2f} to {row['ratio_max']:.2f} in {row['pairs']} pairs)"
+        )
+    if args.out is not None:
+        write_json(args.out, {"results": results, "provenance": provenance()})
+    return 0
