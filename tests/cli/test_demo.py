@@ -29,7 +29,7 @@ class Slide(gym.Env):
 
     def step(self, action):
         self.t += 1
-        return np.full(2, self.t), 0.0, False, False, {}
+        return np.full(2, float(self.t)), 0.0, False, False, {}
 
     def render(self):
         frame = np.zeros((24, 64, 3), np.uint8)

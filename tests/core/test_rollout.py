@@ -74,6 +74,21 @@ def test_an_episode_belongs_to_its_seed_whatever_the_number_of_environments(poli
     same(one[4:5], rollout(policy, env, [0]))  # and the seeds beside it do not matter
 
 
+def test_meta_world_episodes_belong_to_their_seeds():
+    from fleetgym.envs import suite
+
+    meta_world = suite("meta_world")
+    make, expert = meta_world.make_fn("reach-v3", goals="train"), meta_world.expert("reach-v3")
+    one = rollout(expert, make, SEEDS[:5], stop_on_success=True, action_noise=0.2)
+    assert all(episode.success for episode in one) and len({episode.length for episode in one}) > 1
+    same(one, rollout(expert, make, SEEDS[:5], stop_on_success=True, action_noise=0.2, num_envs=3))
+    with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as pool:
+        same(one, rollout(expert, make, SEEDS[:5], stop_on_success=True, action_noise=0.2, executor=pool))
+    (by_id,) = rollout(expert, "MetaWorld/reach-v3", SEEDS[:1], max_steps=20)
+    (by_make,) = rollout(expert, lambda: gym.make("MetaWorld/reach-v3"), SEEDS[:1], max_steps=20)
+    same([by_id], [by_make])
+
+
 def test_episodes_equal_a_plain_loop():
     env = gym.make("CartPole-v1")
     for episode in rollout(CARTPOLE, "CartPole-v1", [4, 9], num_envs=2):

@@ -70,7 +70,7 @@ def main(argv: Sequence[str]) -> int:
     Demonstrations.target(options.out, overwrite=options.overwrite)  # said before anything heavy is imported
     target = find(options.target)
     policy = load_policy(options.policy)[0] if options.policy is not None else target.expert()
-    goals = options.goals or ("train" if target.suite is not None else None)
+    goals = options.goals or target.goals("train")
     begin = cpu_seconds()
     with worker_pool(options.workers) as pool, episode_bar(options.episodes, f"collect {target.name}") as advance:
         made = collect(

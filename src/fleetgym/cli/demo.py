@@ -28,7 +28,7 @@ class Options:
     """At most so many steps."""
 
     every: int = 2
-    """Film every so manieth step."""
+    """Film one step in so many."""
 
     fps: float | None = None
     """Frames a second; by default those of the environment, at its own speed."""
@@ -78,7 +78,9 @@ def main(argv: Sequence[str]) -> int:
     fps = [options.fps]
 
     def make() -> gym.Env:
-        env = gym.make(source, render_mode="rgb_array") if isinstance(source, str) else source()
+        env = (
+            gym.make(source, render_mode="rgb_array", disable_env_checker=True) if isinstance(source, str) else source()
+        )
         fps[0] = options.fps or float(env.metadata.get("render_fps") or 30) / options.every
         return env
 

@@ -97,7 +97,7 @@ def main(argv: Sequence[str]) -> int:
             for target in targets:
                 suited = target.suite is not None
                 env = target.make_fn(
-                    goals=options.goals or ("held_out" if suited else None),
+                    goals=options.goals or target.goals("held_out"),
                     task_set=task_set if suited else options.task_set,
                 )
                 records.append(

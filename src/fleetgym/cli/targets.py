@@ -33,6 +33,10 @@ class Target:
         """The task in words; empty where nobody has said it."""
         return "" if self.suite is None else self.suite.task(self.name).instruction
 
+    def goals(self, wanted: str) -> str | None:
+        """``wanted`` where the suite has such a choice of goals, else None."""
+        return wanted if self.suite is not None and wanted in self.suite.goals else None
+
     def make_fn(self, **options: Any) -> str | Callable[[], Any]:
         """What ``rollout`` takes: a picklable function that makes the environment, or its id.
 
