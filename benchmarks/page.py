@@ -73,7 +73,7 @@ a{color:var(--accent)}
 section{background:var(--surface);border:1px solid var(--grid);border-radius:14px;padding:1.35rem 1.5rem;
 margin-top:1.25rem}
 .top{display:grid;gap:1.5rem 2rem;align-items:center}
-.tiles{display:grid;grid-template-columns:repeat(auto-fit,minmax(9.5rem,1fr));gap:.75rem;margin:1.2rem 0 0;padding:0}
+.tiles{display:grid;grid-template-columns:repeat(auto-fit,minmax(12rem,1fr));gap:.75rem;margin:1.2rem 0 0;padding:0}
 .tile{border-left:3px solid var(--accent);padding:.1rem 0 .1rem .85rem}
 .tile dt{font-size:.84rem;color:var(--muted);line-height:1.3}
 .tile dd{margin:0;font-size:1.7rem;font-weight:650;letter-spacing:-.02em;line-height:1.25;
@@ -94,16 +94,18 @@ thead th{font-size:.82rem;font-weight:600;color:var(--muted);border-bottom:1px s
 .board tbody th{font-weight:600;min-width:13rem}
 .board tbody tr+tr>*{border-top:1px solid var(--grid)}
 .board .num{white-space:nowrap}
+.board .name{display:flex;align-items:baseline;overflow-wrap:anywhere}
+.board .name small,.board .pair small,.rate-cell small{display:block}
 .board small,.quiet small{color:var(--muted);font-weight:400;font-size:.82rem}
 .board tr.best>*{background:var(--best)}
 .badge{display:inline-block;font-size:.72rem;font-weight:600;padding:.05rem .5rem;border-radius:99px;
-background:var(--accent);color:var(--surface);margin-left:.4rem;white-space:nowrap;vertical-align:.08em}
+background:var(--accent);color:var(--surface);white-space:nowrap;vertical-align:.08em}
 .dot{display:inline-block;width:.7rem;height:.7rem;border-radius:50%;margin-right:.55rem;flex:none}
 .rate{display:flex;align-items:center;gap:.75rem}
 .rate b{min-width:3ch}
 .bar{position:relative;flex:1;min-width:7rem;height:1rem;background:var(--grid);border-radius:4px;overflow:hidden}
 .bar i{position:absolute;inset:0 auto 0 0}
-.bar u{position:absolute;top:calc(50% - 1px);height:2px;background:var(--ink)}
+.bar u{position:absolute;top:calc(50% - 1px);height:2px;background:var(--ink);box-shadow:0 0 0 1px var(--surface)}
 .heat{border-collapse:separate;border-spacing:2px;width:auto;min-width:60%}
 .heat th{font-weight:500;font-size:.86rem;border:0;padding:.3rem .45rem}
 .heat tbody th{white-space:nowrap;position:sticky;left:0;background:var(--surface);z-index:1}
@@ -111,11 +113,12 @@ background:var(--accent);color:var(--surface);margin-left:.4rem;white-space:nowr
 background:rgb(var(--heat)/calc(.05 + .95*var(--v)))}
 .heat td.hi{color:var(--heat-ink)}
 .heat td.none{background:none;color:var(--muted)}
-.heat.many{border-spacing:1px;min-width:0}
+.heat.many{border-spacing:1px;width:100%}
 .heat.many thead th{padding:.2rem 0;vertical-align:bottom}
-.heat.many thead span{writing-mode:vertical-rl;transform:rotate(180deg);font-size:.74rem;white-space:nowrap;
-display:inline-block}
-.heat.many td{min-width:1.05rem;width:1.05rem;height:1.5rem;padding:0;border-radius:2px}
+.heat.many thead span{writing-mode:vertical-rl;line-height:1.05;transform:rotate(180deg);font-size:.74rem;
+white-space:nowrap;display:inline-block}
+.heat.many td{min-width:.75rem;height:1.5rem;padding:0;border-radius:2px}
+.heat.many tbody th{max-width:14rem;overflow:hidden;text-overflow:ellipsis}
 .scale{display:flex;align-items:center;gap:.6rem;font-size:.84rem;color:var(--muted);margin-top:.7rem}
 .scale i{width:9rem;height:.7rem;border-radius:4px;
 background:linear-gradient(90deg,rgb(var(--heat)/.05),rgb(var(--heat)))}
@@ -131,7 +134,8 @@ ul.methods li{display:flex;align-items:baseline;padding:.22rem 0}
 .plots{grid-template-columns:minmax(0,1fr) minmax(0,1fr)}.plots .full{grid-column:1/-1}
 .plots .full .wide{max-width:46rem;margin:0 auto}}
 @media(max-width:46rem){main{padding:1.5rem .8rem 3rem}section{padding:1.1rem 1rem}
-.plots svg{min-width:33rem}
+.plots svg{min-width:27rem}
+.heat tbody th{white-space:normal;width:7.5rem;min-width:7.5rem;line-height:1.25}.heat td{min-width:3.6rem}
 .board,.board tbody,.board tr,.board th,.board td{display:block;width:100%}
 .board thead{position:absolute;width:1px;height:1px;overflow:hidden;clip-path:inset(50%)}
 .board tbody tr{border:1px solid var(--grid);border-radius:10px;margin-top:.7rem;overflow:hidden}
@@ -139,6 +143,7 @@ ul.methods li{display:flex;align-items:baseline;padding:.22rem 0}
 .board tbody tr>*{border:0!important;padding:.3rem .8rem}
 .board tbody th{padding-top:.7rem}.board tbody td:last-child{padding-bottom:.7rem}
 .board td{display:flex;justify-content:space-between;gap:1rem}
+.board td>span{text-align:right}
 .board td::before{content:attr(data-name);color:var(--muted);font-size:.9rem;flex:none}
 .board td.rate-cell{display:block}.board td.rate-cell::before{display:block}
 dl.facts{grid-template-columns:1fr;gap:0}dl.facts dd{margin-bottom:.5rem}}
@@ -212,12 +217,12 @@ def _tiles(rows: Sequence[Mapping[str, Any]]) -> str:
         )
     ]
     if best["share_of_joint"] is not None:
-        tiles.append(("of what joint training reaches with everybody's data", f"{best['share_of_joint']:.0%}", ""))
+        tiles.append(("Of what joint training on everybody's data reaches", f"{best['share_of_joint']:.0%}", ""))
     naive = next((row for row in rows if row["method"] == "average_rounds" and row is not best), None)
     if naive:
         tiles.append((f"{naive['label']}", f"{naive['success']:.0%}", f"{naive['low']:.0%} to {naive['high']:.0%}"))
     if best["bytes_sent"] is not None:
-        tiles.append(("sent by each robot, weights only", plots.human_bytes(best["bytes_sent"]), ""))
+        tiles.append(("Sent by each robot, in total", plots.human_bytes(best["bytes_sent"]), ""))
     items = [
         f'<div class="tile"><dt>{_text(name)}</dt><dd>{_text(value)}{f" <small>{_text(more)}</small>" if more else ""}'
         "</dd></div>"
@@ -232,13 +237,11 @@ def _dot(row: Mapping[str, Any]) -> str:
 
 def _rate(row: Mapping[str, Any]) -> str:
     low, high = 100 * row["low"], 100 * row["high"]
-    seeds = row["success_by_seed"].values()
-    spread = f"; seeds {min(seeds):.2f} to {max(seeds):.2f}" if row["seeds"] > 1 else ""
     return (
         f'<div class="rate"><b>{row["success"]:.2f}</b><span class="bar" aria-hidden="true">'
         f'<i style="width:{100 * row["success"]:.2f}%;background:{plots.colour(row)}"></i>'
         f'<u style="left:{low:.2f}%;width:{high - low:.2f}%"></u></span></div>'
-        f"<small>[{row['low']:.2f}, {row['high']:.2f}]{spread}</small>"
+        f"<small>[{row['low']:.2f}, {row['high']:.2f}]</small>"
     )
 
 
@@ -247,22 +250,31 @@ def _board(rows: Sequence[Mapping[str, Any]]) -> str:
     heads = ("Method", "Success", "Worst task", "Of joint", "Sent by each robot", "CPU time", "Seeds")
     body = []
     for row in rows:
-        badge = '<span class="badge">best merged</span>' if row["best_merged"] else ""
+        badge = ' <span class="badge">best merged</span>' if row["best_merged"] else ""
+        rates = row["success_by_seed"].values()
+        spread = f" <small>{min(rates):.2f} to {max(rates):.2f}</small>" if row["seeds"] > 1 else ""
         notes = [row["note"]] if row["note"] else []
         if len(row["per_task"]) < len(all_tasks):
             notes.append(f"measured on {len(row['per_task'])} of {len(all_tasks)} tasks")
-        small = f"<br><small>{_text('; '.join(notes))}</small>" if notes else ""
+        small = f"<small>{_text('; '.join(notes))}</small>" if notes else ""
         share = "–" if row["share_of_joint"] is None else f"{row['share_of_joint']:.0%}"
         cells = [
             ("rate-cell", heads[1], _rate(row)),
-            ("", heads[2], f"<span>{row['worst_task']:.2f} <small>{_text(row['worst_task_name'])}</small></span>"),
+            (
+                "num pair",
+                heads[2],
+                f"<span>{row['worst_task']:.2f} <small>{_text(row['worst_task_name'])}</small></span>",
+            ),
             ("num", heads[3], share),
             ("num", heads[4], _text(plots.human_bytes(row["bytes_sent"]))),
             ("num", heads[5], _text(human_seconds(row["cpu_seconds"]))),
-            ("num", heads[6], _text(runs(row))),
+            ("num pair", heads[6], f"<span>{_text(runs(row))}{spread}</span>"),
         ]
         tds = "".join(f'<td role="cell" class="{kind}" data-name="{name}">{cell}</td>' for kind, name, cell in cells)
-        head = f'<th role="rowheader" scope="row">{_dot(row)}{_text(row["label"])}{badge}{small}</th>'
+        head = (
+            f'<th role="rowheader" scope="row"><span class="name">{_dot(row)}<span>{_text(row["label"])}{badge}{small}'
+        )
+        head += "</span></span></th>"
         body.append(f'<tr role="row"{" class=best" if row["best_merged"] else ""}>{head}{tds}</tr>')
     names = "".join(f'<th role="columnheader" scope="col">{name}</th>' for name in heads)
     # The roles are said aloud because a phone shows the rows as cards, which takes a table's own roles away.
@@ -340,11 +352,11 @@ def _command(records: Sequence[EvalRecord], extras: Mapping[str, Any]) -> str:
     return "\n".join(dict.fromkeys(lines))
 
 
-def _plot(title: str, words: str, svg: str | None, full: bool = False) -> str:
+def _plot(title: str, words: str, svg: str | None) -> str:
     if not svg:
         return ""
     return (
-        f'<section{" class=full" if full else ""}><h2>{_text(title)}</h2><p class="quiet">{_text(words)}</p>'
+        f'<section><h2>{_text(title)}</h2><p class="quiet">{_text(words)}</p>'
         f'<div class="wide" tabindex="0" role="region" aria-label="{_text(title)}, plot">{svg}</div></section>'
     )
 
@@ -380,16 +392,17 @@ def page(
         ),
     ]
     path = plots.interpolation(extras["interpolation"]) if extras.get("interpolation") else None
-    alone = sum(map(bool, drawn)) != 1
     drawn.append(
         _plot(
             "Between two robots",
             "Policies on the straight line between two robots' weights. Alignment renumbers the hidden units of one "
             "robot, which changes nothing that it does, so that its units stand where the other's do.",
             path,
-            full=alone,
         )
     )
+    drawn = [part for part in drawn if part]
+    if len(drawn) % 2:  # the odd one has the width of two
+        drawn[-1] = drawn[-1].replace("<section>", '<section class="full">', 1)
     command = _command(records, extras)
     meanings = "".join(
         f"<li>{_dot(row)}<span><b>{_text(row['label'])}.</b> {_text(_MEANING[row['method']])}</span></li>"
@@ -399,7 +412,8 @@ def page(
     meanings = f'<ul class="methods">{meanings}</ul>' if meanings else ""
     words = (
         f"{summary(rows)} Success is the share of all episodes that reach their goal, in brackets with Wilson's 95% "
-        "interval (the thin line on the bar). The interval speaks of the episodes drawn, not of another training."
+        "interval (the thin line on the bar). The interval speaks of the episodes drawn, not of another training; for "
+        "that, the column of seeds has the worst and the best."
     )
     if any(row["seeds"] == 1 for row in rows):
         words += ' A method marked "1 run" was trained once: luck is not ruled out.'
@@ -407,7 +421,7 @@ def page(
         f'<header class="top{" filmed" if film else ""}"><div><h1>{_text(title)}</h1>'
         f'<p class="lead">{_text(_description(extras, rows))}</p>{_tiles(rows)}</div>{film}</header>',
         f'<section><h2>Leaderboard</h2><p class="quiet">{_text(words)}</p>{_board(rows)}</section>',
-        f'<div class="plots">{"".join(drawn)}</div>' if any(drawn) else "",
+        f'<div class="plots">{"".join(drawn)}</div>' if drawn else "",
         '<section><h2>Task by task</h2><p class="quiet">Share of successful episodes of each method on each task.</p>'
         f"{_heat_map(rows)}</section>",
         f"<section><h2>What the methods are</h2>{meanings}</section>" if meanings else "",

@@ -22,7 +22,7 @@ _NAMES = ("ink", "muted", "grid", "surface", "accent", "warm", *(f"m{i}" for i i
 # Colours that nobody would choose, one for each CSS variable.
 _COLOURS = {name: f"#0d0e{16 + i:02x}" for i, name in enumerate(_NAMES)}
 _MARKERS = "osD^vPX*<>ph"
-_LABEL_LENGTH = 26
+_LABEL_LENGTH = 19
 _STYLE = {
     "axes.edgecolor": _COLOURS["muted"],
     "axes.labelcolor": _COLOURS["muted"],
@@ -102,8 +102,26 @@ def colour(row: Mapping[str, Any]) -> str:
     return f"var(--m{row['slot']})"
 
 
-def _short(label: str) -> str:
-    return label if len(label) <= _LABEL_LENGTH else label[: _LABEL_LENGTH - 1] + "…"
+def _short(label: str, lines: int = 1) -> str:
+    """Breaks a label into as many lines at most, and cuts what is too long."""
+    import textwrap
+
+    parts = textwrap.wrap(label, _LABEL_LENGTH) or [""]
+    if len(parts) > lines:
+        parts = [*parts[: lines - 1], " ".join(parts[lines - 1 :])[: _LABEL_LENGTH - 1].rstrip() + "…"]
+    return "\n".join(parts)
+
+
+def _places(axes: Axes, heights: Sequence[float], labels: Sequence[str]) -> tuple[list[float], list[str], float]:
+    """Heights, texts and a font size for labels beside the right edge, clear of one another."""
+    points = axes.get_position().height * axes.figure.get_size_inches()[1] * 72
+    low, high = axes.get_ylim()
+    lines = 2 if 26 * len(labels) <= points else 1
+    texts = [_short(label, lines) for label in labels]
+    gap = min(13.0 * max((text.count("\n") + 1 for text in texts), default=1), points / max(1, len(labels)))
+    margin = gap / 2 / points * (high - low)
+    places = _spread(heights, gap / points * (high - low), low + margin, high - margin)
+    return places, texts, min(9.5, gap * 0.85)
 
 
 def _spread(heights: Sequence[float], gap: float, low: float, high: float) -> list[float]:
@@ -132,19 +150,16 @@ def _rate_axis(axes: Axes, label: str = "Success over all tasks") -> None:
 
 def _margin_labels(axes: Axes, ends: Sequence[tuple[float, str, str]]) -> None:
     """Writes names beside the right edge, at the heights of what they name but clear of one another."""
-    height = axes.get_position().height * axes.figure.get_size_inches()[1] * 72
-    low, high = axes.get_ylim()
-    gap = min(13.0, height / max(1, len(ends)))
-    places = _spread([y for y, _, _ in ends], gap / height * (high - low), low + 0.02, high - 0.02)
-    for (y, label, paint), place in zip(ends, places):
+    places, texts, size = _places(axes, [y for y, _, _ in ends], [label for _, label, _ in ends])
+    for (y, _, paint), text, place in zip(ends, texts, places):
         axes.annotate(
-            _short(label),
+            text,
             xy=(1.0, y),
             xycoords=("axes fraction", "data"),
             xytext=(1.045, place),
             textcoords=("axes fraction", "data"),
             va="center",
-            fontsize=min(9.5, gap * 0.85),
+            fontsize=size,
             color=paint,
             annotation_clip=False,
             arrowprops={"arrowstyle": "-", "color": paint, "linewidth": 0.7, "shrinkA": 1, "shrinkB": 0},
@@ -173,7 +188,7 @@ def learning_curve(rows: Sequence[Mapping[str, Any]], lines: Sequence[Mapping[st
     name = {"round": "Round", "gradient_steps": "Gradient steps"}[axis]
 
     def draw(figure: Figure) -> None:
-        axes = figure.add_axes((0.105, 0.15, 0.615, 0.80))
+        axes = figure.add_axes((0.125, 0.125, 0.585, 0.845))
         _rate_axis(axes)
         ends = []
         for row in rows:
@@ -196,6 +211,7 @@ def learning_curve(rows: Sequence[Mapping[str, Any]], lines: Sequence[Mapping[st
                 markersize=5,
                 markeredgecolor=_COLOURS["surface"],
                 zorder=4 if row["best_merged"] else 3,
+                clip_on=False,
             )
             ends.append((y[-1], row["label"], paint))
         for line in lines:
@@ -210,7 +226,7 @@ def learning_curve(rows: Sequence[Mapping[str, Any]], lines: Sequence[Mapping[st
 
     parts = [f"{row['label']} ends at {row['curve'][-1]['success']:.0%}" for row in curved]
     parts += [f"{row['label']} is at {row['success']:.0%}" for row in rows if row not in curved]
-    return _svg(draw, (6.8, 4.0), "curve", f"Line plot of success by {name.lower()}. {'; '.join(parts)}.")
+    return _svg(draw, (6.0, 3.8), "curve", f"Line plot of success by {name.lower()}. {'; '.join(parts)}.")
 
 
 def _byte_ticks(low: float, high: float) -> list[float]:
@@ -245,7 +261,7 @@ def communication(rows: Sequence[Mapping[str, Any]]) -> str | None:
     zero = low / (high / low) ** 0.14
 
     def draw(figure: Figure) -> None:
-        axes = figure.add_axes((0.105, 0.15, 0.615, 0.80))
+        axes = figure.add_axes((0.125, 0.125, 0.585, 0.845))
         _rate_axis(axes)
         axes.set_xscale("log")
         axes.set_xlim(zero / (high / low) ** 0.06 if silent else low, high)
@@ -280,7 +296,7 @@ def communication(rows: Sequence[Mapping[str, Any]]) -> str | None:
         _marker_labels(axes, ends)
 
     parts = [f"{row['label']}: {human_bytes(row['bytes_sent'])}, {row['success']:.0%}" for row in sent]
-    return _svg(draw, (6.8, 4.0), "sent", f"Success against bytes sent by each robot. {'; '.join(parts)}.")
+    return _svg(draw, (6.0, 3.8), "sent", f"Success against bytes sent by each robot. {'; '.join(parts)}.")
 
 
 def _null_locator() -> Any:
@@ -291,15 +307,11 @@ def _null_locator() -> Any:
 
 def _marker_labels(axes: Axes, ends: Sequence[tuple[float, str, str, str]]) -> None:
     """A key at the right edge: markers and names, in the order of the heights they stand at."""
-    height = axes.get_position().height * axes.figure.get_size_inches()[1] * 72
-    low, high = axes.get_ylim()
-    gap = min(15.0, height / max(1, len(ends)))
-    places = _spread([end[0] for end in ends], gap / height * (high - low), low + 0.02, high - 0.02)
-    for (_, label, paint, marker), place in zip(ends, places):
-        blend = axes.get_yaxis_transform()
-        axes.plot(1.04, place, marker=marker, color=paint, markersize=6, transform=blend, clip_on=False, linestyle="")
-        size = min(9.5, gap * 0.8)
-        axes.text(1.07, place, _short(label), color=paint, fontsize=size, va="center", transform=blend)
+    places, texts, size = _places(axes, [end[0] for end in ends], [end[1] for end in ends])
+    blend = axes.get_yaxis_transform()
+    for (_, _, paint, marker), text, place in zip(ends, texts, places):
+        axes.plot(1.05, place, marker=marker, color=paint, markersize=6, transform=blend, clip_on=False, linestyle="")
+        axes.text(1.085, place, text, color=paint, fontsize=size, va="center", transform=blend)
 
 
 def interpolation(data: Mapping[str, Any]) -> str | None:
@@ -326,8 +338,8 @@ def interpolation(data: Mapping[str, Any]) -> str | None:
     def draw(figure: Figure) -> None:
         paints = [_COLOURS["warm"], _COLOURS["accent"], *(_COLOURS[f"m{i}"] for i in range(6, SLOTS))]
         for i, key in enumerate(shown):
-            left, width = ((0.105, 0.84), (0.09, 0.385))[len(shown) > 1]
-            axes = figure.add_axes((left + i * 0.505, 0.20, width, 0.66))
+            left, width = ((0.105, 0.84), (0.1, 0.375))[len(shown) > 1]
+            axes = figure.add_axes((left + i * 0.505, 0.15, width, 0.72))
             handles = []
             for j, one in enumerate(series):
                 if points := known(one, key):
@@ -351,7 +363,7 @@ def interpolation(data: Mapping[str, Any]) -> str | None:
                     axes.set_ylim(min(0, min(values)), 1.06 * max(values) if max(values) > 0 else 1)
                 axes.set_ylabel("Imitation loss on both tasks")
             axes.set_xlim(-0.02, 1.02)
-            axes.set_xticks([0, 0.5, 1], [_short(ends[0]), "midway", _short(ends[-1])])
+            axes.set_xticks([0, 0.5, 1], [_short(ends[0]), "", _short(ends[-1])])
             for tick, side in zip(axes.get_xticklabels(), ("left", "center", "right")):
                 tick.set_horizontalalignment(side)
             axes.set_xlabel("Weights, from one robot's to the other's")
@@ -366,4 +378,4 @@ def interpolation(data: Mapping[str, Any]) -> str | None:
                 x, y = min(points, key=lambda point: abs(point[0] - 0.5))
                 parts.append(f"{one['name']}: {key} {y:.3g} at {x:.2g}")
     alt = f"Along the line between the weights of {ends[0]} and {ends[-1]}. {'; '.join(parts)}."
-    return _svg(draw, (6.8, 3.6), "interpolation", alt)
+    return _svg(draw, (7.6, 3.5), "interpolation", alt)

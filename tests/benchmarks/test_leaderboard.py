@@ -390,3 +390,28 @@ def test_human_bytes(count, text):
 )
 def test_human_seconds(seconds, text):
     assert leaderboard.human_seconds(seconds) == text
+
+
+def test_curves_of_seeds_meet_at_the_rounds_they_share(tmp_path):
+    for seed, rounds in enumerate(((0, 1, 2), (0, 2, 4))):
+        curve = [{"round": r, "success": 0.1 * r + 0.2 * seed} for r in rounds]
+        sample("average_rounds", seed, curve=False).save(tmp_path / "records" / f"{seed}.json")
+        values = json.loads((tmp_path / "records" / f"{seed}.json").read_text())
+        values["metrics"]["curve"] = curve
+        write_json(tmp_path / "records" / f"{seed}.json", values)
+    (row,) = leaderboard.build(tmp_path)
+    assert [point["round"] for point in row["curve"]] == [0, 2]
+    assert row["curve"][1] == {
+        "round": 2,
+        "success": pytest.approx(0.3),
+        "low": pytest.approx(0.2),
+        "high": pytest.approx(0.4),
+    }
+
+
+@pytest.mark.parametrize("count", [1, 6, 40])
+def test_labels_beside_a_plot_keep_apart_and_inside(count):
+    places = plots._spread([0.5] * count, 0.05, 0.0, 1.0)
+    assert all(-1e-9 <= place <= 1 + 1e-9 for place in places)
+    gaps = np.diff(sorted(places))
+    assert np.all(gaps >= min(0.05, 1 / max(1, count - 1)) - 1e-9)
