@@ -6,8 +6,9 @@ cd "$(dirname "$0")/.."
 
 fits() { "$1" -c 'import ensurepip, sys, venv; sys.exit(not (3, 10) <= sys.version_info[:2] < (3, 12))' >/dev/null 2>&1; }
 
-# A .venv whose Python is gone, or that an interrupted run left half made, is made anew.
-if [ ! -x .venv/bin/python ] || ! .venv/bin/python -c 'import sys' >/dev/null 2>&1; then
+# A .venv whose Python is gone, or that an interrupted run left without its installer, is made anew.
+if command -v uv >/dev/null 2>&1; then whole='import sys'; else whole='import pip'; fi
+if ! .venv/bin/python -c "$whole" >/dev/null 2>&1; then
     python=
     for candidate in ${PYTHON:-python3.11 python3 python3.10}; do
         if fits "$candidate"; then

@@ -74,13 +74,7 @@ def main(argv: Sequence[str]) -> int:
     chosen: dict[str, Any] = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
     if not options.signs:
         chosen["signs"] = False
-    try:
-        result = merge(options.method, checkpoints, **chosen)
-    except TypeError as error:
-        # A merger is a function with keyword options: the one it does not have is in Python's message.
-        if "unexpected keyword argument" not in str(error):
-            raise
-        raise UserError(f"merger {options.method!r} does not take all of {', '.join(chosen)}: {error}") from error
+    result = merge(options.method, checkpoints, **chosen)
 
     module = checkpoints[0].module()
     module.load_state_dict(result.weights)
