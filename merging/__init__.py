@@ -1,4 +1,46 @@
-"""fleetgym.merging."""
+"""Everything that takes weights as data: matching networks, merging them.
+
+``merge("fleet_merge", [policy_a, policy_b])`` is the front door. Mergers and matchers are found by name in
+:data:`MERGERS` and :data:`MATCHERS`; third parties add theirs through the entry-point groups ``fleetgym.mergers`` and
+``fleetgym.matchers``, or ``MERGERS.register("mine", function)``.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
 
 if __name__ == "merging":
     raise ImportError("import 'fleetgym.merging', not 'merging'")
+
+from fleetgym.core.registry import Registry
+
+MERGERS: Registry[Any] = Registry("merger", group="fleetgym.mergers")
+MERGERS.register("average", "fleetgym.merging.mergers:plain_average")
+MERGERS.register("fleet_merge", "fleetgym.merging.fleet_merge:fleet_merge")
+
+MATCHERS: Registry[Any] = Registry("matcher", group="fleetgym.matchers")
+MATCHERS.register("frank_wolfe", "fleetgym.merging.matching:frank_wolfe")
+MATCHERS.register("lap", "fleetgym.merging.matching:lap")
+MATCHERS.register("sinkhorn", "fleetgym.merging.matching:sinkhorn")
+
+_HOME = {
+    "MatchResult": "matching",
+    "MergeResult": "mergers",
+    "average": "mergers",
+    "interpolate": "mergers",
+    "match": "matching",
+    "mean_distance": "mergers",
+    "merge": "mergers",
+}
+__all__ = ["MATCHERS", "MERGERS", *_HOME]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOME:
+        return getattr(importlib.import_module(f"fleetgym.merging.{_HOME[name]}"), name)
+    raise AttributeError(f"module 'fleetgym.merging' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

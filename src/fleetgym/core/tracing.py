@@ -30,7 +30,7 @@ class _Conflict(Exception):
     """Two axes that the module combines cannot be the same; becomes a UserError that names the operation."""
 
 
-# ---- wires ------------------------------------------------------------------------------------------------------------
+# ---- wires ----------------------------------------------------------------------------------------------------------
 
 
 class _Node:
@@ -170,7 +170,7 @@ def _cut(wire: Wire, start: int, stop: int) -> Wire:
     return out
 
 
-# ---- values -----------------------------------------------------------------------------------------------------------
+# ---- values ---------------------------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -231,9 +231,11 @@ RULES: dict[Any, Callable[..., Any]] = {}
 
 
 def rule(*targets: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Enters a rule for module types (called with the derivation, the path, the module and the arguments), functions, or
-    names of methods (called with the derivation and the arguments).
-    """  # noqa: D205
+    """Enters a rule for module types, functions or names of methods.
+
+    A module's rule is called with the derivation, the module's path, the module and the arguments; the others with the
+    derivation and the arguments.
+    """
 
     def enter(function: Callable[..., Any]) -> Callable[..., Any]:
         for target in targets:
@@ -312,7 +314,7 @@ class Derivation:
         return _Value(*out, rank=x.rank)
 
 
-# ---- rules for modules ------------------------------------------------------------------------------------------------
+# ---- rules for modules ----------------------------------------------------------------------------------------------
 
 
 def _key(path: str, name: str) -> str:
@@ -419,7 +421,7 @@ def _embedding(d: Derivation, path: str, module: nn.Embedding, x: Any) -> _Value
     return _constant(size=size)
 
 
-# ---- rules for functions and methods ----------------------------------------------------------------------------------
+# ---- rules for functions and methods --------------------------------------------------------------------------------
 
 
 def _same(d: Derivation, x: Any, *_: Any, **__: Any) -> Any:
@@ -439,12 +441,18 @@ def _even(d: Derivation, x: Any, *_: Any, **__: Any) -> _Value:
     return _Value(x.perm, _fixed(x.size), x.rank)
 
 
-_ODD = "tanh sin sinh asinh atan arctan sign neg negative erf trunc round nan_to_num softsign tanhshrink softshrink hardshrink"
+_ODD = (
+    "tanh sin sinh asinh atan arctan sign neg negative erf trunc round nan_to_num softsign tanhshrink softshrink "
+    "hardshrink"
+)
 _ANY = (
     "relu relu_ gelu silu elu selu celu sigmoid logsigmoid softplus leaky_relu rrelu hardswish hardsigmoid mish relu6 "
     "threshold exp expm1 log log1p log2 sqrt rsqrt reciprocal floor ceil sigmoid_ exp2 clamp_min clamp_max"
 )
-_COPIES = "dropout alpha_dropout feature_alpha_dropout identity clone contiguous detach to float double half bfloat16 cpu cuda type"
+_COPIES = (
+    "dropout alpha_dropout feature_alpha_dropout identity clone contiguous detach to float double half bfloat16 cpu "
+    "cuda type"
+)
 _EVEN = "abs square cos cosh absolute"
 for _names, _function in ((_ODD, _same), (_ANY, _unsigned), (_COPIES, _same), (_EVEN, _even)):
     for _name in _names.split():
@@ -462,7 +470,8 @@ def _as_module(function: Callable[..., Any]) -> Callable[..., Any]:
 for _names, _function in (
     ("Tanh Identity Dropout AlphaDropout Softsign Tanhshrink Softshrink Hardshrink", _same),
     (
-        "ReLU GELU SiLU ELU SELU CELU Sigmoid LogSigmoid Softplus LeakyReLU RReLU Hardswish Hardsigmoid Mish ReLU6 Threshold",
+        "ReLU GELU SiLU ELU SELU CELU Sigmoid LogSigmoid Softplus LeakyReLU RReLU Hardswish Hardsigmoid Mish ReLU6 "
+        "Threshold",
         _unsigned,
     ),
 ):
@@ -812,7 +821,7 @@ def _nothing(d: Derivation, *_: Any, **__: Any) -> _Plain:
     return _Plain()
 
 
-# ---- the derivation ---------------------------------------------------------------------------------------------------
+# ---- the derivation -------------------------------------------------------------------------------------------------
 
 
 def _flat(item: Any) -> list[Any]:

@@ -206,7 +206,7 @@ class WeightSpec:
         """Keys whose tensors count in a distance between weights: all but buffers that nothing moves."""
         return tuple(k for k, axes in self.axes.items() if k not in self.buffers or not all(a.fixed for a in axes))
 
-    # ---- elements -------------------------------------------------------------------------------------------------
+    # ---- elements ---------------------------------------------------------------------------------------------------
 
     def identity(self) -> Element:
         """The element that changes nothing."""
@@ -244,7 +244,7 @@ class WeightSpec:
             if not bool((sign.abs() == 1).all()) or not (self.signed.get(group) or bool((sign == 1).all())):
                 raise UserError(f"group {group!r}: signs must be 1{' or -1' if self.signed.get(group) else ''}")
 
-    # ---- acting on weights ----------------------------------------------------------------------------------------
+    # ---- acting on weights ------------------------------------------------------------------------------------------
 
     def validate(self, state_dict: StateDict, *, name: str = "state dict", batched: bool = False) -> None:
         """Checks that a state dict belongs to this spec.
@@ -322,7 +322,7 @@ class WeightSpec:
         """Squared Euclidean distance between two sets of weights, over :attr:`cost_keys`, in float64."""
         return math.fsum(float((a[k].double() - b[k].double()).square().sum()) for k in self.cost_keys)
 
-    # ---- self-check -----------------------------------------------------------------------------------------------
+    # ---- self-check -------------------------------------------------------------------------------------------------
 
     def check(self, module: nn.Module, example_input: Any = None, rng: Rng = 0) -> float:
         """How far a random element moves the module's outputs. Exact symmetry gives rounding error only.
@@ -386,12 +386,12 @@ class WeightSpec:
         deviation = self.check(module, example_input, rng)
         if not deviation <= tolerance:
             raise UserError(
-                f"{type(module).__name__}: a random element of its group moves the output by {deviation:.3g}, more than "
-                f"{tolerance:.3g}; the spec does not describe this module"
+                f"{type(module).__name__}: a random element of its group moves the output by {deviation:.3g}, more "
+                f"than {tolerance:.3g}; the spec does not describe this module"
             )
         return deviation
 
-    # ---- plain values ---------------------------------------------------------------------------------------------
+    # ---- plain values -----------------------------------------------------------------------------------------------
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON-able values."""
