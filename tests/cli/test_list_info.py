@@ -53,7 +53,8 @@ def test_list_of_an_unknown_kind(capsys):
 
 def test_info_of_an_environment(capsys):
     found = facts(capsys, "MetaWorld/reach-v3")
-    assert found["kind"] == "environment" and found["observation"].startswith("Box(") and found["action"]
+    assert found["kind"] == "environment" and found["observation"] == "Box(39,), float64, -10 to 10"
+    assert found["action"] == "Box(4,), float32, -1 to 1"
     assert found["max steps"] == 500 and "rgb_array" in found["render modes"]
     code, out, _ = call(capsys, "info", "MetaWorld/reach-v3")
     assert code == 0 and "gymnasium.make('MetaWorld/reach-v3')" in out
@@ -69,8 +70,11 @@ def test_info_of_names(capsys):
     task = facts(capsys, "reach-v3")
     assert task["kind"] == "task" and task["suite"] == "meta_world" and task["environment"] == "MetaWorld/reach-v3"
     assert task["instruction"] and task["horizon"] > 0 and "mt10" in task["splits"]
-    assert facts(capsys, "recurrent_policy")["signature"].startswith("recurrent_policy(observation_size")
-    assert facts(capsys, "fleet_merge")["kind"] == "merger"
+    assert facts(capsys, "recurrent_policy")["signature"].startswith("recurrent_policy(observation_size, ")
+    merger = facts(capsys, "fleet_merge")
+    assert merger["kind"] == "merger" and "matcher='frank_wolfe'" in merger["signature"]
+    assert merger["also"] == ["benchmarks/fleet_merge"]
+    assert facts(capsys, "benchmarks/fleet_merge")["kind"] == "benchmark"
     assert facts(capsys, "speed")["kind"] == "benchmark"
 
 
@@ -102,6 +106,8 @@ def test_info_of_a_run_and_a_record(capsys, tmp_path):
 def test_info_of_nothing(capsys, tmp_path):
     code, out, err = call(capsys, "info", "reech-v3")
     assert (code, out) == (2, "") and err.count("\n") == 1 and "'reach-v3'" in err and err.count("'") == 8
+    code, _, err = call(capsys, "info", "mergers/fleetmerge")
+    assert code == 2 and err.startswith("error: unknown merger 'fleetmerge'; nearest: 'fleet_merge'")
     code, _, err = call(capsys, "info", tmp_path)
     assert code == 2 and "neither a checkpoint's nor a run's folder" in err and err.count("\n") == 1
     (tmp_path / "a.json").write_text("{}")

@@ -59,11 +59,20 @@ def describe(name: str) -> dict[str, Any]:
         "mergers": _merger,
         "benchmarks": _benchmark,
     }
+    asked, slash, rest = name.partition("/")
+    if slash and asked in KINDS:  # benchmarks/fleet_merge, beside the merger of that name
+        if rest not in KINDS[asked]():
+            raise unknown(asked.removesuffix("s"), rest, KINDS[asked]())
+        return describers[asked](rest)
     known: list[str] = []
     for kind, names in KINDS.items():
         found = names()
         if name in found:
-            return describers[kind](name)
+            facts = describers[kind](name)
+            others = [
+                f"{other}/{name}" for other in ("mergers", "benchmarks") if other != kind and name in KINDS[other]()
+            ]
+            return {**facts, "also": others} if others else facts
         known += found
         if kind == "suites":
             tasks = _tasks(found)
@@ -154,16 +163,31 @@ def _env(name: str) -> dict[str, Any]:
             "kind": "environment",
             "id": name,
             "make": f"gymnasium.make({name!r})",
-            "observation": str(env.observation_space),
-            "action": str(env.action_space),
+            "observation": _space(env.observation_space),
+            "action": _space(env.action_space),
             "max steps": spec.max_episode_steps,
-            "reward threshold": spec.reward_threshold,
             "render modes": list(env.metadata.get("render_modes", [])),
             "arguments": dict(spec.kwargs),
             "text": inspect.getdoc(type(env.unwrapped)) or "",
         }
     finally:
         env.close()
+
+
+def _space(space: Any) -> str:
+    import gymnasium
+
+    if not isinstance(space, gymnasium.spaces.Box):
+        return str(space)
+    # Gymnasium prints every bound of every entry.
+    return f"Box{space.shape}, {space.dtype}, {space.low.min():g} to {space.high.max():g}"
+
+
+def _signature(thing: Callable[..., Any]) -> inspect.Signature:
+    """Names and defaults; the types are in the text."""
+    signature = inspect.signature(thing)
+    bare = [parameter.replace(annotation=parameter.empty) for parameter in signature.parameters.values()]
+    return signature.replace(parameters=bare, return_annotation=signature.empty)
 
 
 def _suite(name: str) -> dict[str, Any]:
@@ -176,7 +200,7 @@ def _suite(name: str) -> dict[str, Any]:
         "name": name,
         "tasks": list(found.tasks),
         "splits": splits,
-        "text": inspect.getdoc(type(found)) or "",
+        "paper": found.paper,
     }
 
 
@@ -210,7 +234,7 @@ def _callable(kind: str, name: str, thing: Any) -> dict[str, Any]:
         "kind": kind,
         "name": name,
         "defined": f"{thing.__module__}.{thing.__qualname__}" if hasattr(thing, "__qualname__") else repr(thing),
-        "signature": f"{name}{inspect.signature(thing)}" if callable(thing) else "",
+        "signature": f"{name}{_signature(thing)}" if callable(thing) else "",
         "text": inspect.getdoc(thing) or "",
     }
 
