@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import atexit
+import weakref
+from collections.abc import Mapping
 from typing import Any
 
 from fleetgym.core.errors import UserError, unknown
@@ -11,6 +14,8 @@ choose_gl()  # before MuJoCo is imported
 
 import mujoco  # noqa: E402
 import numpy as np  # noqa: E402
+
+_open_cameras: weakref.WeakSet[Camera] = weakref.WeakSet()
 
 
 class Camera:
@@ -23,7 +28,9 @@ class Camera:
         model: A ``mujoco.MjModel``. Its visual settings are changed; they do not touch the physics.
         height: Pixels.
         width: Pixels.
-        camera: Name of a camera of the model, or None for the free camera.
+        camera: Name of a camera of the model; or a mapping with ``lookat`` [3] and ``distance``, metres, ``azimuth``
+        and
+            ``elevation``, degrees, for a camera of one's own; or None for MuJoCo's free camera.
         upside_down: Whether the model has this camera the wrong way up; the picture is then turned by 180 degrees.
 
     Raises:
@@ -31,13 +38,24 @@ class Camera:
     """
 
     def __init__(
-        self, model: Any, height: int, width: int, camera: str | None = None, *, upside_down: bool = False
+        self,
+        model: Any,
+        height: int,
+        width: int,
+        camera: str | Mapping[str, Any] | None = None,
+        *,
+        upside_down: bool = False,
     ) -> None:
         if height < 1 or width < 1:
             raise UserError(f"a picture of {height} x {width} pixels; both must be positive")
         names = [model.camera(index).name for index in range(model.ncam)]
-        if camera is not None and camera not in names:
+        if isinstance(camera, str) and camera not in names:
             raise unknown("camera", camera, names)
+        if isinstance(camera, Mapping):
+            free = mujoco.MjvCamera()
+            free.lookat[:] = camera["lookat"]
+            free.distance, free.azimuth, free.elevation = camera["distance"], camera["azimuth"], camera["elevation"]
+            camera = free
         self.model, self.height, self.width, self.camera = model, height, width, camera
         self.upside_down = upside_down
         self._renderer: Any = None
@@ -83,16 +101,27 @@ class Camera:
             mujoco.mjtRndFlag.mjRND_HAZE,
         ):
             renderer.scene.flags[flag] = False
+        if not _open_cameras:
+            # MuJoCo has just registered the end of OpenGL; what is registered after it runs before it.
+            atexit.unregister(_close_all)
+            atexit.register(_close_all)
+        _open_cameras.add(self)
         return renderer
 
     def close(self) -> None:
         """Frees the OpenGL context; the camera may be used again, with a new one."""
         if self._renderer is not None:
-            self._renderer.close()
-            self._renderer = None
+            renderer, self._renderer = self._renderer, None
+            _open_cameras.discard(self)
+            renderer.close()
 
     def __del__(self) -> None:
         try:
             self.close()
         except Exception:  # at the end of the process OpenGL may be gone already
             pass
+
+
+def _close_all() -> None:
+    for camera in list(_open_cameras):
+        camera.close()

@@ -7,6 +7,7 @@ its platform from ``PYOPENGL_PLATFORM``. So whatever imports MuJoCo in this pack
 from __future__ import annotations
 
 import ctypes
+import importlib
 import json
 import os
 import subprocess
@@ -65,21 +66,49 @@ def choose_gl() -> str:
 
 def _choose() -> str:
     value = os.environ.get("MUJOCO_GL", "").lower().strip()
-    if "mujoco" in sys.modules or not sys.platform.startswith("linux"):
+    if not sys.platform.startswith("linux"):
         return value
     if value:
-        if value == "osmesa":
-            _load_osmesa()
-        return "disable" if value in _OFF else value
+        return _check(value)
     platform = os.environ.get("PYOPENGL_PLATFORM", "").lower()
     # MuJoCo refuses to be imported where PyOpenGL has been told another platform.
     for backend, works in (("egl", _egl_works), ("osmesa", _load_osmesa)):
         if platform in ("", backend) and works():
             os.environ["MUJOCO_GL"] = os.environ["PYOPENGL_PLATFORM"] = backend
-            return backend
-    backend = "glfw" if os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY") else "disable"
-    os.environ["MUJOCO_GL"] = backend
+            break
+    else:
+        backend = "glfw" if os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY") else "disable"
+        os.environ["MUJOCO_GL"] = backend
+    context = sys.modules.get("mujoco.gl_context")
+    if context is not None and backend in BACKENDS:
+        # Somebody imported MuJoCo before us, without a choice; this module is where it keeps its own.
+        importlib.reload(context)
     return backend
+
+
+def _check(value: str) -> str:
+    """The user's own choice, if it can be; MuJoCo would fail in its import, with nothing that says why."""
+    if value in _OFF:
+        return "disable"
+    if value == "osmesa" and not _load_osmesa():
+        raise UserError(
+            "the environment variable MUJOCO_GL asks for osmesa, but there is no libOSMesa: unset it to have the "
+            "back end chosen, or `pip install lavavu-osmesa`, or `apt-get install libosmesa6`"
+        )
+    if value == "egl" and not any(map(_loads, ("libEGL.so", "libEGL.so.1"))):
+        raise UserError(
+            "the environment variable MUJOCO_GL asks for egl, but there is no libEGL: unset it to have the back end "
+            "chosen, or `apt-get install libegl1 libgl1-mesa-dri`"
+        )
+    return value
+
+
+def _loads(library: str) -> bool:
+    try:
+        ctypes.CDLL(library, ctypes.RTLD_GLOBAL)
+    except OSError:
+        return False
+    return True
 
 
 def _egl_works() -> bool:
@@ -112,12 +141,8 @@ def _egl_works() -> bool:
 
 def _load_osmesa() -> bool:
     """Makes libOSMesa available to MuJoCo and PyOpenGL: the system's, else that of the ``lavavu-osmesa`` wheel."""
-    for name in ("libOSMesa.so", *(f"libOSMesa.so.{version}" for version in range(9, 5, -1))):
-        try:
-            ctypes.CDLL(name, ctypes.RTLD_GLOBAL)
-            return True
-        except OSError:
-            pass
+    if any(map(_loads, ("libOSMesa.so", *(f"libOSMesa.so.{version}" for version in range(9, 5, -1))))):
+        return True
     folder = _osmesa_wheel()
     if folder is None or find_spec("OpenGL") is None:
         return False
