@@ -1,8 +1,11 @@
+import contextlib
+import signal
+
 import minari
 import numpy as np
 import pytest
 
-from fleetgym.cli import main
+from fleetgym.cli import main, targets
 from fleetgym.core import Demonstrations
 
 
@@ -34,6 +37,27 @@ def test_workers_collect_the_same(tmp_path, capsys):
         np.testing.assert_array_equal(a.actions, b.actions)
     assert one.info == two.info and one.info["action_noise"] == 0.3
     assert not np.array_equal(one[0].observations[0], other[0].observations[0])
+
+
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_ctrl_c_keeps_what_is_finished(tmp_path, capsys, monkeypatch, workers):
+    @contextlib.contextmanager
+    def impatient(total, description):
+        seen = []
+
+        def advance(*_):
+            seen.append(1)
+            if len(seen) == 20:
+                signal.raise_signal(signal.SIGINT)
+
+        yield advance
+
+    monkeypatch.setattr(targets, "episode_bar", impatient)
+    words = ["collect", "reach-v3", "--episodes", "100000", "--workers", workers, "--max-steps", "10", "--keep", "all"]
+    assert main([*words, "--out", str(tmp_path / "part")]) == 130
+    assert capsys.readouterr().err == "interrupted\n"
+    kept = Demonstrations.load(tmp_path / "part")
+    assert len(kept) == 20 and kept.info["interrupted"]
 
 
 @pytest.mark.parametrize(

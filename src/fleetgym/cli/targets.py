@@ -154,13 +154,8 @@ def worker_pool(workers: int) -> Iterator[Executor | None]:
     )
     try:
         yield pool
-    except BaseException:
-        processes = list((getattr(pool, "_processes", None) or {}).values())
-        pool.shutdown(wait=False, cancel_futures=True)
-        for process in processes:
-            process.terminate()  # what they are at is lost anyway, and may take minutes
-        raise
-    pool.shutdown()
+    finally:
+        pool.shutdown(cancel_futures=True)  # waits for the chunks that the workers are at: some seconds at most
 
 
 def cpu_seconds() -> float:

@@ -34,7 +34,10 @@ ActionNoise = Callable[[np.ndarray, int, np.random.Generator], np.ndarray]
 _UNKNOWN_HORIZON = 256
 #: The longest buffer allocated at once; longer episodes double it when they get there.
 _LONGEST_RESERVE = 1024
+#: Seeds are shared out in chunks: at least so many a worker, so that all end together, and at most so many episodes for
+#: each of its environments, so that an interruption costs little; a chunk pays for making its environments.
 _CHUNKS_PER_WORKER = 2
+_LARGEST_CHUNK = 16
 
 
 @dataclass
@@ -585,7 +588,7 @@ def _share_out(
             ) from error
     workers = getattr(executor, "_max_workers", None) or os.cpu_count() or 1
     size = max(1, -(-len(seeds) // (workers * _CHUNKS_PER_WORKER)))
-    size = min(len(seeds), max(size, options["num_envs"]))
+    size = min(len(seeds), _LARGEST_CHUNK * options["num_envs"], max(size, options["num_envs"]))
     episodes: list[Episode | None] = [None] * len(seeds)
     starts = {
         executor.submit(_work, policy, source, seeds[start : start + size], options): start
