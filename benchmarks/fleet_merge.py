@@ -42,8 +42,8 @@ from fleetgym.core.run import Run
 from fleetgym.core.seeding import seed_everything
 from fleetgym.core.weights import WeightSpec
 from fleetgym.envs import suite
-from fleetgym.merging import merge
-from fleetgym.merging.fleet_merge import align, average
+from fleetgym.merging import average, interpolate, merge
+from fleetgym.merging.fleet_merge import align
 
 # Seeds of demonstrations, of the final evaluation and of the learning curve never meet; besides, the environment draws
 # the goals of the last two from the held-out half of its goal space.
@@ -56,9 +56,11 @@ class Preset:
     """What is trained and measured. The defaults are those of ``quick``."""
 
     tasks: str = "quick"
-    """Task set of the Meta-World suite; robot k has its k-th task."""
+    """Task set of the Meta-World suite; each task has its own robots."""
+    robots_per_task: int = 1
+    """Robots that share a task (but neither demonstrations nor initial weights)."""
     demonstrations: int = 20
-    """Successful demonstrations of each task."""
+    """Successful demonstrations of each robot."""
     noise: float = 0.1
     """Standard deviation of the noise on the expert's executed actions in every second demonstration."""
     cell: str = "gru"
@@ -133,9 +135,15 @@ class Fleet:
         self.preset, self.seed = preset, seed
         self.suite = suite("meta_world")
         self.tasks = list(self.suite.splits[preset.tasks])
-        loaded = [Demonstrations.load(demonstrations_path(folder, seed, task)) for task in self.tasks]
-        # The robots' demonstrations show the plain 39 numbers; the policy also sees which task it is on.
-        self.data = [self._with_task(demos.padded(), k) for k, demos in enumerate(loaded)]
+        self.robots = [task for task in self.tasks for _ in range(preset.robots_per_task)]
+        """The task of each robot."""
+        self.data: list[SequenceBatch] = []
+        for k, task in enumerate(self.tasks):
+            episodes = Demonstrations.load(demonstrations_path(folder, seed, task))
+            for robot in range(preset.robots_per_task):
+                own = episodes[robot * preset.demonstrations : (robot + 1) * preset.demonstrations]
+                # Demonstrations show the plain 39 numbers; the policy also sees which task it is on.
+                self.data.append(self._with_task(own.padded(), k))
         # A goal in the observation is followed by its offset from the hand and from the object, and theirs.
         self.differences = ((0, 36, 3), (4, 36, 3), (0, 4, 3))
         self.statistics = Statistics.pool(
@@ -152,7 +160,7 @@ class Fleet:
 
     @property
     def data_bytes(self) -> int:
-        """What a robot would send if it sent its demonstrations: float32 observations (without the task) and actions."""
+        """Bytes of one robot's demonstrations as float32: the 39 observed numbers and the action of each step."""
         steps = sum(int(batch.mask.sum()) for batch in self.data) / len(self.data)
         size = self.data[0].observations.shape[-1] - len(self.tasks) + self.data[0].actions.shape[-1]
         return round(4 * steps * size)
@@ -203,7 +211,8 @@ def collect_task(preset: Preset, folder: str, seed: int, task: str) -> str:
         except UserError:
             pass  # half a dataset of an interrupted run: collect it again
     # A quarter more than needed makes up for the expert's failures (its worst task fails 15%).
-    first, number = seed * 10_000, preset.demonstrations + -(-preset.demonstrations // 4)
+    wanted = preset.robots_per_task * preset.demonstrations
+    first, number = seed * 10_000, wanted + -(-wanted // 4)
     found = collect(
         worlds.expert(task),
         worlds.make_fn(task, goals="train"),
@@ -215,8 +224,8 @@ def collect_task(preset: Preset, folder: str, seed: int, task: str) -> str:
         action_noise=preset.noise,
         stop_on_success=True,
     )
-    if len(found) < preset.demonstrations:
-        raise UserError(f"{task}: the expert solved {len(found)} of {number} episodes; {preset.demonstrations} wanted")
+    if len(found) < wanted:
+        raise UserError(f"{task}: the expert solved {len(found)} of {number} episodes; {wanted} are wanted")
     return task
 
 
@@ -248,7 +257,8 @@ def run_job(job: Job, report: Callable[[str, int, int, str], None]) -> list[str]
             policy = trained.policies[0]
             record = fleet.evaluate(policy, fleet.tasks, preset.episodes, _EVALUATION_SEED)
             _record(job, job.kind, record, trained)
-            run.save_checkpoint("last", policy, info={"metrics": {"success": record.success}})
+            info = {"metrics": {"success": record.success}, "task_set": fleet.tasks}
+            run.save_checkpoint("last", policy, info=info)
     report(name, preset.steps, preset.steps, "done")
     return list(methods)
 
@@ -267,7 +277,7 @@ class Trained:
 def train(job: Job, fleet: Fleet, run: Run, report: Callable[[int, str], None]) -> Trained:
     """The training loop of every method; they differ in what happens between two spells of local steps."""
     preset = job.preset
-    robots = len(fleet.tasks)
+    robots = len(fleet.robots)
     policies = [fleet.policy(k) for k in range(robots)]
     spec = WeightSpec.from_module(policies[0])
     config = ImitationConfig(
@@ -303,7 +313,8 @@ def train(job: Job, fleet: Fleet, run: Run, report: Callable[[int, str], None]) 
             states = learner.stack.state_dicts()
             if job.kind == "fleet_merge_rounds":
                 _, states, notes = align(spec, states, matcher=preset.matcher)
-                history.append({"round": number, **{k: float(v) for k, v in notes.items() if np.isscalar(v)}})
+                before, after = notes[0]["distance"], notes[-1]["distance"]
+                history.append({"round": number, "distance_before": before, "distance_after": after})
             learner.stack.load([average(states)])
             if number == 0:
                 learner.forget_moments()
@@ -339,8 +350,16 @@ def record_path(folder: Path, method: str, seed: int) -> Path:
     return folder / "records" / f"{method}-seed{seed}.json"
 
 
+_NOTES = {
+    "joint": "sends its demonstrations, which is what a fleet wants to avoid",
+    "alone_own": "sends only the mean and deviation of its observations, so that all normalise alike",
+}
+
+
 def _record(job: Job, method: str, evaluated: EvalRecord, trained: Trained, **metrics: Any) -> None:
     """Writes the record of one row and seed."""
+    if method in _NOTES:
+        metrics["note"] = _NOTES[method]
     record = dataclasses.replace(
         evaluated,
         system=method,
@@ -363,20 +382,19 @@ def _record_alone(job: Job, fleet: Fleet, run: Run, trained: Trained) -> None:
     """The three rows that come of robots trained alone, and the path between two of them."""
     preset = job.preset
     own = [
-        fleet.evaluate(policy, [task], preset.episodes, _EVALUATION_SEED)
-        for policy, task in zip(trained.policies, fleet.tasks)
+        fleet.evaluate(policy, [task], -(-preset.episodes // preset.robots_per_task), _EVALUATION_SEED)
+        for policy, task in zip(trained.policies, fleet.robots)
     ]
     _record(job, "alone_own", EvalRecord.concatenate(own, task=own[0].task), trained)
     # Every robot on every task; together as many episodes of each task as in the other rows.
-    share = max(1, preset.episodes // len(fleet.tasks))
+    share = -(-preset.episodes // len(fleet.robots))
     every = [fleet.evaluate(policy, fleet.tasks, share, _EVALUATION_SEED) for policy in trained.policies]
     _record(job, "alone_all", EvalRecord.concatenate(every, task=every[0].task), trained)
 
     began = time.process_time()
     merged = merge("fleet_merge", trained.policies, matcher=preset.matcher)
     cost = time.process_time() - began
-    policy = fleet.policy(0)
-    policy.load_state_dict({**policy.state_dict(), **merged.weights})
+    policy = merged.module()
     once = dataclasses.replace(
         trained,
         bytes_sent=trained.bytes_sent + sum(p.numel() * p.element_size() for p in policy.parameters()),
@@ -390,32 +408,30 @@ def _record_alone(job: Job, fleet: Fleet, run: Run, trained: Trained) -> None:
         distance_before=merged.distance_before,
         distance_after=merged.distance_after,
     )
-    for task, specialist in zip(fleet.tasks, trained.policies):
-        run.save_checkpoint(f"alone-{task}", specialist)
+    for robot, (task, specialist) in enumerate(zip(fleet.robots, trained.policies)):
+        run.save_checkpoint(f"robot{robot}-{task}", specialist, info={"task_set": fleet.tasks})
     write_json(run.path / "interpolation.json", interpolation(job, fleet, trained.policies))
 
 
 @torch.no_grad()
 def interpolation(job: Job, fleet: Fleet, policies: Sequence[RecurrentPolicy]) -> dict[str, Any]:
-    """Loss and success on the straight line between the first two robots, before and after alignment."""
-    pair = policies[:2]
-    merged = merge("fleet_merge", pair, matcher=job.preset.matcher)
-    spec = WeightSpec.from_module(pair[0])
+    """Loss and success on the straight line between robots of the first two tasks, before and after alignment."""
+    indices = [0, job.preset.robots_per_task]
+    pair = [policies[i] for i in indices]
+    aligned = merge("fleet_merge", pair, matcher=job.preset.matcher).aligned
     ends = [policy.state_dict() for policy in pair]
-    aligned = [spec.apply(state, element) for state, element in zip(ends, merged.elements)]
-    both = SequenceBatch.concatenate(fleet.data[:2])
+    both = SequenceBatch.concatenate([fleet.data[i] for i in indices])
     lambdas = np.linspace(0, 1, 11)
     series = []
     for name, (a, b) in (("before alignment", ends), ("after alignment", aligned)):
         loss, success = [], []
-        for lam in lambdas:
+        for number, lam in enumerate(lambdas):
             policy = fleet.policy(0)
-            policy.load_state_dict({key: (1 - lam) * a[key] + lam * b[key] for key in a})
+            policy.load_state_dict(interpolate(a, b, float(lam)))
             loss.append(float(masked_mse(policy(both.observations)[0], both.actions, both.mask)))
-            if round(float(lam), 6) in (0.0, 0.5, 1.0) or lam == lambdas[5]:
-                success.append(fleet.evaluate(policy, fleet.tasks[:2], 5, _CURVE_SEED).success)
-            else:
-                success.append(None)
+            # Closed-loop success is dear (failures take all 500 steps): at the ends and in the middle.
+            wanted = number in (0, len(lambdas) // 2, len(lambdas) - 1)
+            success.append(fleet.evaluate(policy, fleet.tasks[:2], 5, _CURVE_SEED).success if wanted else None)
         series.append({"name": name, "loss": loss, "success": success})
     return {"lambda": lambdas.tolist(), "series": series, "robots": fleet.tasks[:2]}
 
@@ -572,14 +588,15 @@ def publish(folder: Path, preset: Preset, name: str, seeds: Sequence[int], make_
     """Writes ``extras.json``, the film and the leaderboard pages from what lies in the folder."""
     from fleetgym.benchmarks import leaderboard
 
+    tasks = len(suite("meta_world").splits[preset.tasks])
     interpolated = folder / "work" / f"seed{seeds[0]}" / "alone" / "interpolation.json"
     extras: dict[str, Any] = {
         "title": f"Fleet merging on Meta-World, preset {name}",
         "description": (
-            f"{len(suite('meta_world').splits[preset.tasks])} robots, each with its own task, its own {preset.demonstrations}"
-            " demonstrations and its own random initial weights. They never share data: every "
+            f"{tasks * preset.robots_per_task} robots on {tasks} tasks, each with {preset.demonstrations} demonstrations"
+            " of one task and random initial weights of its own, never share data: every "
             f"{preset.local_steps} gradient steps they send weights, which are merged into one policy for all tasks. "
-            "Success is on goals that no demonstration showed; the interval is Wilson's, 95%."
+            "Success is on goals that no demonstration showed; intervals are Wilson's, 95%."
         ),
         "command": f"fleetgym bench fleet_merge --preset {name} --seeds {' '.join(map(str, seeds))}",
     }

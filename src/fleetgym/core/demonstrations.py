@@ -52,6 +52,32 @@ class SequenceBatch:
     def __len__(self) -> int:
         return len(self.mask)
 
+    @classmethod
+    def concatenate(cls, batches: Sequence[SequenceBatch]) -> SequenceBatch:
+        """All sequences of several batches, padded to the longest.
+
+        Raises:
+            UserError: No batches, or batches of different sizes of observation or action.
+        """
+        import torch
+
+        if not batches:
+            raise UserError("concatenating nothing: pass at least one batch")
+        sizes = {(tuple(batch.observations.shape[2:]), tuple(batch.actions.shape[2:])) for batch in batches}
+        if len(sizes) > 1:
+            raise UserError(f"batches of different observation and action shapes {sorted(sizes)} do not concatenate")
+        longest = max(batch.mask.shape[1] for batch in batches)
+
+        def joined(name: str) -> torch.Tensor:
+            parts = []
+            for batch in batches:
+                tensor = getattr(batch, name)
+                room = tensor.new_zeros(len(tensor), longest - tensor.shape[1], *tensor.shape[2:])
+                parts.append(torch.cat([tensor, room], dim=1))
+            return torch.cat(parts)
+
+        return cls(joined("observations"), joined("actions"), joined("mask"))
+
     def to(self, device: Any) -> SequenceBatch:
         """The batch on another device."""
         return SequenceBatch(self.observations.to(device), self.actions.to(device), self.mask.to(device))
