@@ -589,12 +589,13 @@ def publish(folder: Path, preset: Preset, name: str, seeds: Sequence[int], make_
     from fleetgym.benchmarks import leaderboard
 
     tasks = len(suite("meta_world").splits[preset.tasks])
+    robots = tasks * preset.robots_per_task
     interpolated = folder / "work" / f"seed{seeds[0]}" / "alone" / "interpolation.json"
     extras: dict[str, Any] = {
         "title": f"Fleet merging on Meta-World, preset {name}",
         "description": (
-            f"{tasks * preset.robots_per_task} robots on {tasks} tasks, each with {preset.demonstrations} demonstrations"
-            " of one task and random initial weights of its own, never share data: every "
+            f"{robots} robots on {tasks} tasks, each with {preset.demonstrations} demonstrations "
+            "of one task and random initial weights of its own, never share data: every "
             f"{preset.local_steps} gradient steps they send weights, which are merged into one policy for all tasks. "
             "Success is on goals that no demonstration showed; intervals are Wilson's, 95%."
         ),
