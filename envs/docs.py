@@ -24,7 +24,7 @@ def page(name: str) -> str:
     module, _, attribute = PAGES[name].partition(":")
     text = inspect.getdoc(getattr(import_module(module), attribute))
     title, _, body = text.partition("\n")
-    lines = [f"<!-- Made by `python -m {__name__}`; edit the docstring of `{attribute}` instead. -->", ""]
+    lines = [f"<!-- Made by `python -m fleetgym.envs.docs`; edit the docstring of `{attribute}` instead. -->", ""]
     lines += [f"# {name}", "", title, "", body.strip(), "", *_tasks(suite(name))]
     return "\n".join(lines) + "\n"
 

@@ -12,7 +12,7 @@ import numpy as np
 from gymnasium import spaces
 
 from fleetgym.core.errors import UserError, unknown
-from fleetgym.envs.meta_world.sim import FRAME_SIZE, OBSERVATION_SIZE, simulation
+from fleetgym.envs.meta_world.sim import FRAME_SIZE, HIGH, LOW, OBSERVATION_SIZE, simulation
 from fleetgym.envs.meta_world.tasks import HORIZON, check_task, resolve_task_set
 from fleetgym.envs.rendering import Camera
 
@@ -55,6 +55,13 @@ def is_held_out(task: str, vector: np.ndarray) -> bool:
     return int.from_bytes(digest, "little") % HELD_OUT_ONE_IN == 0
 
 
+def observation_space(num_tasks: int = 0) -> spaces.Box:
+    """The space of observations, the same for all tasks; ``num_tasks`` is the length of the one-hot."""
+    return spaces.Box(
+        np.concatenate([LOW, np.zeros(num_tasks)]), np.concatenate([HIGH, np.ones(num_tasks)]), dtype=np.float64
+    )
+
+
 class MetaWorldEnv(gym.Env):
     """Meta-World's fifty manipulation tasks, seeded, quick and with held-out goals.
 
@@ -78,10 +85,10 @@ class MetaWorldEnv(gym.Env):
     | 11-13 | position of the second object | -10 | 10 | m |
     | 14-17 | orientation of the second object, a quaternion | -1 | 1 | - |
     | 18-35 | entries 0-17 one step ago | | | |
-    | 36-38 | position of the goal; zeros with `goal_observable=False` | of the task | of the task | m |
+    | 36-38 | position of the goal; zeros with `goal_observable=False` | -1 | 1 | m |
     | 39- | with `task_set`: one-hot of the task in that set | 0 | 1 | - |
 
-    Values beyond the bounds are clipped, as upstream does for the hand and the goal.
+    Values beyond the bounds are clipped, as upstream does for the hand. All tasks have the same space.
 
     ## Action
 
@@ -177,18 +184,11 @@ class MetaWorldEnv(gym.Env):
         camera = TABLE_CAMERA if camera_name == "table" else camera_name
         # Upstream has its corner cameras the wrong way up.
         self._camera = Camera(self.simulation.model, *size, camera, upside_down=camera_name.startswith("corner"))
-        low, high = self.simulation.low.copy(), self.simulation.high.copy()
-        if not goal_observable:
-            low[2 * FRAME_SIZE :] = high[2 * FRAME_SIZE :] = 0.0
         self._one_hot = np.zeros(0)
         if self.task_set is not None:
             self._one_hot = np.zeros(len(self.task_set))
             self._one_hot[self.task_set.index(task)] = 1.0
-        self.observation_space = spaces.Box(
-            np.concatenate([low, np.zeros_like(self._one_hot)]),
-            np.concatenate([high, np.ones_like(self._one_hot)]),
-            dtype=np.float64,
-        )
+        self.observation_space = observation_space(self._one_hot.size)
         self.action_space = spaces.Box(-1.0, 1.0, (4,), dtype=np.float32)
         self._steps, self._running = 0, False
 

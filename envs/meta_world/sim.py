@@ -53,9 +53,14 @@ _REPLACEMENTS = {
     "reward_utils": types.SimpleNamespace(**{**vars(reward_utils), "tolerance": fast_tolerance}),
     "tolerance": fast_tolerance,
 }
-# Upstream clips the hand and the gripper; objects it leaves unbounded. The bounds here are far outside of any scene
-# (the table is 2 m wide), so that they only ever meet an object that has fallen off it.
-_FAR = 10.0
+# Upstream bounds the hand, the gripper and the goal, and leaves objects unbounded. The bounds here are the same for all
+# tasks; those of goals and objects are beyond anything in a scene (the table is 2 m wide), so that they only ever meet
+# an object that has fallen off it.
+_HAND = SawyerXYZEnv._HAND_SPACE
+_OBJECTS = np.array([10.0, 10.0, 10.0, 1.0, 1.0, 1.0, 1.0] * 2)
+#: Bounds of an observation [39].
+LOW = np.concatenate([_HAND.low, [-1.0], -_OBJECTS] * 2 + [-np.ones(3)])
+HIGH = np.concatenate([_HAND.high, [1.0], _OBJECTS] * 2 + [np.ones(3)])
 _MOCAP_QUAT = np.array([1.0, 0.0, 1.0, 0.0])
 
 
@@ -115,10 +120,6 @@ class FastSawyer(SawyerXYZEnv):
         self._pads = views.geom("leftpad_geom").id, views.geom("rightpad_geom").id
         self._mocap_pos, self._mocap_quat, self._ctrl = data.mocap_pos, data.mocap_quat, data.ctrl
         self._observation = np.zeros(OBSERVATION_SIZE)
-        hand, rest = self._HAND_SPACE, (_FAR,) * 3 + (1.0,) * 4 + (_FAR,) * 3 + (1.0,) * 4
-        rest = np.array(rest)
-        self.low = np.concatenate([hand.low, [-1.0], -rest] * 2 + [self.goal_space.low])
-        self.high = np.concatenate([hand.high, [1.0], rest] * 2 + [self.goal_space.high])
         size = mujoco.mj_stateSize(model, mujoco.mjtState.mjSTATE_INTEGRATION)
         self._almost_settled = np.empty(size)
         self._is_settled = False
@@ -193,7 +194,7 @@ class FastSawyer(SawyerXYZEnv):
         return observation
 
     def _clipped(self, observation: np.ndarray) -> np.ndarray:
-        return np.minimum(np.maximum(observation, self.low), self.high)
+        return np.minimum(np.maximum(observation, LOW), HIGH)
 
     # ---------------------------------------------------------------- stepping
 

@@ -6,10 +6,7 @@ import functools
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
-from gymnasium import spaces
 from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv, VectorEnv
-from gymnasium.vector.utils import batch_space
 
 from fleetgym.core.errors import UserError, unknown
 from fleetgym.envs.meta_world.tasks import resolve_task_set
@@ -58,24 +55,10 @@ def make_vec(
         functools.partial(make_task, "meta_world", tasks[index % len(tasks)], goals=goals, task_set=task_set, **kwargs)
         for index in range(num_envs)
     ]
-    single = _common_space(tasks[:num_envs], task_set, kwargs)
-    space = (batch_space(single, num_envs), single)
     if not asynchronous:
-        return SyncVectorEnv(makers, observation_mode=space, autoreset_mode=autoreset_mode)
-    # A dummy environment would compile a scene only to read its spaces; the first maker gives the same. Its own process
-    # start method is not the platform's: forking copies whatever threads the caller runs.
-    return AsyncVectorEnv(makers, observation_mode=space, autoreset_mode=autoreset_mode, context="forkserver")
-
-
-def _common_space(tasks: Sequence[str], task_set: Sequence[str] | None, kwargs: dict[str, Any]) -> spaces.Box:
-    """The smallest box around the tasks' observation spaces; they differ in the bounds of the goal."""
-    boxes = []
-    for task in dict.fromkeys(tasks):
-        env = make_task("meta_world", task, task_set=task_set, **kwargs)
-        boxes.append(env.observation_space)
-        env.close()
-    low, high = np.min([box.low for box in boxes], axis=0), np.max([box.high for box in boxes], axis=0)
-    return spaces.Box(low, high, dtype=np.float64)
+        return SyncVectorEnv(makers, autoreset_mode=autoreset_mode)
+    # Forking would copy whatever threads and OpenGL contexts the caller has.
+    return AsyncVectorEnv(makers, autoreset_mode=autoreset_mode, context="forkserver")
 
 
 def _make_split(split: str, num_envs: int = 1, **kwargs: Any) -> VectorEnv:
