@@ -26,7 +26,7 @@ BACKENDS = ("egl", "osmesa")
 #: What to do where no back end works; ``fleetgym doctor`` and the errors of ``render()`` print it.
 NO_GL_HELP = (
     "no OpenGL that renders without a screen was found; any one of these brings it: "
-    "`pip install lavavu-osmesa` (Linux x86-64, no system package), "
+    "`pip install --no-deps lavavu-osmesa` (Linux x86-64, no system package), "
     "`apt-get install libegl1 libgl1-mesa-dri`, or `apt-get install libosmesa6`"
 )
 _OFF = ("disable", "disabled", "off", "false", "0")
@@ -92,13 +92,13 @@ def _check(value: str) -> str:
         return "disable"
     if value == "osmesa" and not _load_osmesa():
         raise UserError(
-            "the environment variable MUJOCO_GL asks for osmesa, but there is no libOSMesa: unset it to have the "
-            "back end chosen, or `pip install lavavu-osmesa`, or `apt-get install libosmesa6`"
+            "the environment variable MUJOCO_GL asks for osmesa, but there is no libOSMesa: "
+            "`pip install --no-deps lavavu-osmesa`, or `apt-get install libosmesa6`, or unset it to have a back end chosen"
         )
     if value == "egl" and not any(map(_loads, ("libEGL.so", "libEGL.so.1"))):
         raise UserError(
-            "the environment variable MUJOCO_GL asks for egl, but there is no libEGL: unset it to have the back end "
-            "chosen, or `apt-get install libegl1 libgl1-mesa-dri`"
+            "the environment variable MUJOCO_GL asks for egl, but there is no libEGL: "
+            "`apt-get install libegl1 libgl1-mesa-dri`, or unset it to have a back end chosen"
         )
     return value
 
@@ -176,21 +176,26 @@ def _osmesa_wheel() -> Path | None:
 
 
 _PROBE = """
-import json, os, sys, time
-from fleetgym.core.render import choose_gl
-choose_gl()
-import mujoco
-from mujoco import gl_context
-model = mujoco.MjModel.from_xml_string(
-    '<mujoco><worldbody><light pos="0 0 3"/><geom type="box" size=".2 .2 .2" rgba="1 0 0 1"/></worldbody></mujoco>')
-data = mujoco.MjData(model)
-mujoco.mj_forward(model, data)
-with mujoco.Renderer(model, 48, 64) as renderer:
-    renderer.update_scene(data)
-    begin = time.perf_counter()
-    frame = renderer.render()
-    seconds = time.perf_counter() - begin
-print(json.dumps({"red": float(frame[..., 0].mean()), "seconds": seconds}))
+import json, os, time
+try:
+    from fleetgym.core.render import choose_gl
+    choose_gl()
+    import mujoco
+    model = mujoco.MjModel.from_xml_string(
+        '<mujoco><worldbody><light pos="0 0 3"/><geom size=".5" rgba="1 0 0 1"/></worldbody></mujoco>')
+    data = mujoco.MjData(model)
+    mujoco.mj_forward(model, data)
+    with mujoco.Renderer(model, 48, 64) as renderer:
+        renderer.update_scene(data)
+        renderer.render()
+        begin = time.perf_counter()
+        frame = renderer.render()
+        seconds = time.perf_counter() - begin
+    report = {"red": float(frame[..., 0].mean()), "seconds": seconds}
+except Exception as error:
+    report = {"error": str(error).partition(", but ")[2] or f"{type(error).__name__}: {error}"}
+print(json.dumps(report), flush=True)
+os._exit(0)  # half-made contexts complain at the end
 """
 
 
@@ -219,14 +224,15 @@ def probe_gl(backend: str, timeout: float = 60.0) -> tuple[bool, str]:
         )
     except subprocess.TimeoutExpired:
         return False, f"{backend}: no frame after {timeout:.0f} s"
-    if result.returncode == 0:
-        frame = json.loads(result.stdout.strip().splitlines()[-1])
-        if frame["red"] > 1.0:
-            return True, f"{backend}: renders ({1000 * frame['seconds']:.0f} ms a small frame)"
+    lines = result.stdout.strip().splitlines()
+    if not lines:
+        return False, f"{backend}: the process ended with code {result.returncode}"
+    report = json.loads(lines[-1])
+    if "error" in report:
+        return False, f"{backend}: {' '.join(report['error'].split())}"
+    if report["red"] <= 1.0:
         return False, f"{backend}: the frame is blank"
-    lines = [line for line in result.stderr.strip().splitlines() if line and not line.startswith((" ", "Exception"))]
-    reason = lines[-1] if lines else f"the process ended with code {result.returncode}"
-    return False, f"{backend}: {reason}"
+    return True, f"{backend}: renders ({1000 * report['seconds']:.0f} ms a small frame)"
 
 
 def check_frames(frames: Iterable[np.ndarray]) -> list[np.ndarray]:
