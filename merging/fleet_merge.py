@@ -1,4 +1,4 @@
-"""fleet-merge: align N (recurrent) policies to a running reference, then average.
+"""fleet-merge: align N (recurrent) policies to a running reference, then average, and keep the weights' norms.
 
 Source: Wang et al., "Robot Fleet Learning via Policy Merging", ICLR 2024. The reference, the order and the guards are
 ours: every step lowers the mean squared distance between the policies, or is not taken.
@@ -15,7 +15,7 @@ from torch import Tensor
 from fleetgym.core.errors import UserError
 from fleetgym.core.weights import Element, StateDict, WeightSpec
 from fleetgym.merging.matching import match
-from fleetgym.merging.mergers import average, mean_distance, normalised
+from fleetgym.merging.mergers import average, mean_distance, normalised, restore_norms
 
 
 @torch.no_grad()
@@ -122,9 +122,20 @@ def fleet_merge(
     tolerance: float = 1e-3,
     device: str = "cpu",
     seed: int = 0,
+    norms: bool | str = "auto",
     **options: Any,
 ) -> tuple[dict[str, Tensor], list[Element], list[dict[str, Any]]]:
-    """The merger ``fleet_merge``: :func:`align`, then the weighted mean. The arguments are those of :func:`align`."""
+    """The merger ``fleet_merge``: :func:`align`, then the weighted mean, then its norms restored.
+
+    Args:
+        norms: Whether :func:`fleetgym.merging.mergers.restore_norms` follows the mean. ``"auto"`` does it where it is
+            needed: for networks that point different ways (different initialisations), whose mean is too short. After a
+            common start the mean is as long as it should be, and stretching it round by round would add up.
+
+    The other arguments, the errors and the first two results are those of :func:`align`.
+    """
+    if norms not in (True, False, "auto"):
+        raise UserError(f"norms={norms!r}: True, False or 'auto' is wanted")
     elements, aligned, history = align(
         spec,
         state_dicts,
@@ -138,4 +149,10 @@ def fleet_merge(
         seed=seed,
         **options,
     )
-    return average(aligned, coefficients), elements, history
+    weights = average(aligned, coefficients)
+    if norms == "auto":
+        norms = not _point_the_same_way(spec, state_dicts, mean_distance(spec, state_dicts))
+    if norms:
+        weights, factor = restore_norms(weights, spec, aligned, coefficients)
+        history[-1]["norm_factor"] = factor
+    return weights, elements, history

@@ -401,11 +401,11 @@ def frank_wolfe(
     restarts: int = 1,
     thorough: bool = False,
 ) -> tuple[Vertex, int]:
-    """Frank-Wolfe from several starts, the best of them polished by coordinate assignments.
+    """Frank-Wolfe from the end of an annealing (:func:`soft_assign`), polished by coordinate assignments.
 
-    Starts: the identity, the barycentre, and the end of an annealing (:func:`soft_assign`), which is what finds a
-    planted alignment under strong noise and the better optima between unrelated networks. Then the best is warmed up
-    and annealed again ``restarts`` times.
+    Plain Frank-Wolfe starts at the barycentre; the annealing is what finds a planted alignment under strong noise and
+    the better optima between unrelated networks. The result is warmed up and annealed again ``restarts`` times, and
+    the best of all, the identity included, is returned.
 
     If the networks are close already (cosine of the moving weights above 0.5) and the identity is stationary, as in
     every round of a fleet after the first, the identity is returned at once.
@@ -414,7 +414,7 @@ def frank_wolfe(
         problem: The objective.
         generator: Draws the perturbations of the restarts.
         iterations: Most Frank-Wolfe steps from each start.
-        annealing: Temperatures of the annealing; 0 leaves it out.
+        annealing: Temperatures of the annealing; with 0, Frank-Wolfe starts from the barycentre and the identity.
         restarts: How often the best is warmed up again.
         thorough: Whether to search where the identity looks right, too.
     """
@@ -438,16 +438,16 @@ def frank_wolfe(
         found.extend((float(v), problem.pick(vertex, i)) for i, v in enumerate(problem.value_at(vertex)))
         found[:] = [max(found, key=lambda pair: pair[0])]
 
-    starts = [problem.dense(identity), problem.barycentre()]
     spread = problem.spread()
     # The annealing needs no precision: what it ends in is climbed, rounded and valued in float64.
     rough = problem.to(torch.float32)
     if annealing and spread > 0:
         betas = torch.logspace(0, math.log10(9), annealing) / spread
-        annealed = soft_assign(rough, rough.barycentre(), betas)
-        starts.append({g: x.double() for g, x in annealed.items()})
+        climb({g: x.double() for g, x in soft_assign(rough, rough.barycentre(), betas).items()})
         total += annealing
-    climb({g: torch.cat([start[g] for start in starts]) for g in problem.sizes})
+    else:
+        starts = (problem.dense(identity), problem.barycentre())
+        climb({g: torch.cat([start[g] for start in starts]) for g in problem.sizes})
     for _ in range(restarts if annealing and spread > 0 else 0):
         betas = torch.logspace(math.log10(4), math.log10(9), max(1, annealing * 3 // 8)) / spread
         centre, best = rough.barycentre(), rough.dense({g: (p, s.float()) for g, (p, s) in found[0][1].items()})

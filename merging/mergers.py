@@ -102,6 +102,40 @@ def average(state_dicts: Sequence[StateDict], coefficients: Sequence[float] | No
 
 
 @torch.no_grad()
+def restore_norms(
+    merged: StateDict,
+    spec: WeightSpec,
+    state_dicts: Sequence[StateDict],
+    coefficients: Sequence[float] | None = None,
+) -> tuple[dict[str, Tensor], float]:
+    """Scales each tensor of a mean to the mean norm of what it is the mean of.
+
+    Weights that do not agree cancel: the mean of N independent initialisations is shorter than each by the root of N,
+    its hidden units barely move, and training on from there is slow. The same loss of variance is what REPAIR (Jordan
+    et al., ICLR 2023) mends with statistics of activations; norms need no data, and no symmetry changes them.
+
+    Args:
+        merged: The mean; not touched.
+        spec: The networks' symmetry; its tensors are scaled, others (input statistics) are left.
+        state_dicts: What it is the mean of.
+        coefficients: Their weights in the mean.
+
+    Returns:
+        The scaled state dict, and the geometric mean of the factors.
+    """
+    shares = normalised(coefficients, len(state_dicts))
+    out, logs = dict(merged), []
+    for key in spec.cost_keys:
+        own = float(merged[key].double().norm())
+        wanted = sum(share * float(state[key].double().norm()) for share, state in zip(shares, state_dicts))
+        # Equal networks come back to the bit.
+        if own > 0 and wanted > 0 and abs(wanted / own - 1) > 1e-6:
+            out[key] = merged[key] * (wanted / own)
+            logs.append(math.log(wanted / own))
+    return out, math.exp(sum(logs) / len(logs)) if logs else 1.0
+
+
+@torch.no_grad()
 def interpolate(weights_a: StateDict, weights_b: StateDict, lam: float) -> dict[str, Tensor]:
     """Weights on the line from a (``lam`` = 0) to b (``lam`` = 1).
 
@@ -130,10 +164,18 @@ def mean_distance(spec: WeightSpec, state_dicts: Sequence[StateDict]) -> float:
 
 
 def plain_average(
-    spec: WeightSpec, state_dicts: Sequence[StateDict], *, coefficients: Sequence[float] | None = None
+    spec: WeightSpec,
+    state_dicts: Sequence[StateDict],
+    *,
+    coefficients: Sequence[float] | None = None,
+    norms: bool = False,
 ) -> tuple[dict[str, Tensor], list[Element], list[dict[str, Any]]]:
-    """The merger ``average``: no alignment."""
-    return average(state_dicts, coefficients), [spec.identity() for _ in state_dicts], []
+    """The merger ``average``: no alignment, and no :func:`restore_norms` unless ``norms`` is set."""
+    weights, history = average(state_dicts, coefficients), []
+    if norms:
+        weights, factor = restore_norms(weights, spec, state_dicts, coefficients)
+        history.append({"norm_factor": factor})
+    return weights, [spec.identity() for _ in state_dicts], history
 
 
 def merge(method: str, policies: Sequence[Any], **options: Any) -> MergeResult:
