@@ -93,7 +93,7 @@ def _check(value: str) -> str:
     if value == "osmesa" and not _load_osmesa():
         raise UserError(
             "the environment variable MUJOCO_GL asks for osmesa, but there is no libOSMesa: "
-            "`pip install --no-deps lavavu-osmesa`, or `apt-get install libosmesa6`, or unset it to have a back end chosen"
+            "`pip install --no-deps lavavu-osmesa`, or `apt-get install libosmesa6`, or unset it"
         )
     if value == "egl" and not any(map(_loads, ("libEGL.so", "libEGL.so.1"))):
         raise UserError(
