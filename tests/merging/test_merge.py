@@ -65,7 +65,7 @@ def test_many_moved_copies_with_noise_merge_to_their_mean():
                 p += 0.3 * p.std() * torch.randn(p.shape, generator=torch.Generator().manual_seed(seed))
         fleet.append(noisy)
     wanted = average([p.state_dict() for p in fleet])
-    result = merge("fleet_merge", [fleet[0], *(moved(p, 10 + i) for i, p in enumerate(fleet[1:]))])
+    result = merge("fleet_merge", [fleet[0], *(moved(p, 10 + i) for i, p in enumerate(fleet[1:]))], norms=False)
     assert all(torch.allclose(result.weights[key], wanted[key], atol=1e-6) for key in wanted)
     distances = [entry["distance"] for entry in result.history]
     assert distances[0] == result.distance_before and distances[-1] == pytest.approx(result.distance_after)
@@ -266,9 +266,20 @@ def test_align_for_benchmarks():
     )
     assert elements[0].is_identity and equal(aligned[0], fleet[0])
     assert len(history) == 2 and history[1]["distance"] == pytest.approx(mean_distance(spec, aligned))
-    assert equal(
-        merge("fleet_merge", (spec, fleet), matcher="lap", signs=False, max_passes=1).weights, average(aligned)
-    )
+    merged = merge("fleet_merge", (spec, fleet), matcher="lap", signs=False, max_passes=1, norms=False)
+    assert equal(merged.weights, average(aligned))
+
+
+def test_the_mean_of_unrelated_policies_gets_their_norms_back():
+    fleet = [policy(seed) for seed in range(4)]
+    plain, scaled = (merge("fleet_merge", fleet, norms=norms) for norms in (False, True))
+    assert plain.elements == scaled.elements
+    for key in plain.spec.cost_keys:
+        wanted = sum(float(p.state_dict()[key].norm()) for p in fleet) / 4
+        assert float(scaled.weights[key].norm()) == pytest.approx(wanted, rel=1e-5)
+        assert float(plain.weights[key].norm()) < wanted
+        ratio = scaled.weights[key] / plain.weights[key]
+        assert torch.allclose(ratio, ratio.flatten()[0].expand_as(ratio), rtol=1e-4)
 
 
 def test_interpolation_runs_from_one_to_the_other():
