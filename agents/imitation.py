@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from fleetgym.agents.networks import PolicyStack, RecurrentPolicy, masked_mse
 from torch import Tensor
 
+from fleetgym.agents.networks import PolicyStack, RecurrentPolicy, masked_mse
 from fleetgym.core.errors import UserError
 from fleetgym.core.seeding import torch_generator
 

@@ -42,8 +42,7 @@ from fleetgym.core.run import Run
 from fleetgym.core.seeding import seed_everything
 from fleetgym.core.weights import WeightSpec
 from fleetgym.envs import suite
-from fleetgym.merging import average, interpolate, merge
-from fleetgym.merging.fleet_merge import align
+from fleetgym.merging import MERGERS, interpolate, merge
 
 # Seeds of demonstrations, of the final evaluation and of the learning curve never meet; besides, the environment draws
 # the goals of the last two from the held-out half of its goal space.
@@ -57,7 +56,7 @@ class Preset:
 
     tasks: str = "quick"
     """Task set of the Meta-World suite; each task has its own robots."""
-    robots_per_task: int = 1
+    robots_per_task: int = 4
     """Robots that share a task (but neither demonstrations nor initial weights)."""
     demonstrations: int = 20
     """Successful demonstrations of each robot."""
@@ -69,7 +68,7 @@ class Preset:
     """Width of every hidden layer."""
     layers: int = 1
     """Layers of the core."""
-    batch_size: int = 8
+    batch_size: int = 2
     """Episodes a robot draws for a gradient step; joint training draws as many of every robot's."""
     learning_rate: float = 2e-3
     """Adam's step size at the beginning; it falls to 1% along half a cosine."""
@@ -96,8 +95,8 @@ class Preset:
 
 PRESETS = {
     "quick": Preset(),
-    "mt10": Preset(tasks="mt10"),
-    "mt50": Preset(tasks="mt50", episodes=10, curve_episodes=2),
+    "mt10": Preset(tasks="mt10", robots_per_task=2, batch_size=4, rounds=150),
+    "mt50": Preset(tasks="mt50", robots_per_task=1, batch_size=8, rounds=300, episodes=10, curve_episodes=2),
 }
 
 METHODS = {
@@ -108,12 +107,25 @@ METHODS = {
     "fleet_merge_rounds": "fleet_merge in rounds",
     "joint": "Joint training on everybody's data",
 }
+ABLATIONS = {
+    "average_norms_rounds": "Averaging with norms restored, no alignment",
+    "align_rounds": "Alignment, norms not restored",
+}
+"""fleet_merge taken apart; `--ablations` adds these rows."""
+MERGES: dict[str, tuple[str, dict[str, Any]]] = {
+    "average_rounds": ("average", {}),
+    "fleet_merge_rounds": ("fleet_merge", {}),
+    "average_norms_rounds": ("average", {"norms": "auto"}),
+    "align_rounds": ("fleet_merge", {"norms": False}),
+}
+"""The merger and its options of each method that merges in rounds."""
 # One training serves three rows.
 _JOBS = {
     "alone": ("alone_own", "alone_all", "fleet_merge_once"),
     "average_rounds": ("average_rounds",),
     "fleet_merge_rounds": ("fleet_merge_rounds",),
     "joint": ("joint",),
+    **{method: (method,) for method in ABLATIONS},
 }
 
 
@@ -293,7 +305,7 @@ def train(job: Job, fleet: Fleet, run: Run, report: Callable[[int, str], None]) 
         learner = FleetLearner(policies[:1], [everything], config, seed=job.seed, device=job.device)
     else:
         learner = FleetLearner(policies, fleet.data, config, seed=job.seed, device=job.device)
-    merging = job.kind in ("average_rounds", "fleet_merge_rounds")
+    merging = job.kind in MERGES
     sizes = [value.numel() * value.element_size() for key, value in policies[0].named_parameters()]
     # Once, before training: count, mean and variance of each feature, in double precision.
     sent = 8 * (2 * len(fleet.statistics.mean) + 1)
@@ -310,12 +322,14 @@ def train(job: Job, fleet: Fleet, run: Run, report: Callable[[int, str], None]) 
         began = time.process_time()
         loss = learner.train(preset.warmup if number == 0 else preset.local_steps)
         if merging:
-            states = learner.stack.state_dicts()
-            if job.kind == "fleet_merge_rounds":
-                _, states, notes = align(spec, states, matcher=preset.matcher)
-                before, after = notes[0]["distance"], notes[-1]["distance"]
-                history.append({"round": number, "distance_before": before, "distance_after": after})
-            learner.stack.load([average(states)])
+            merger, options = MERGES[job.kind]
+            if merger == "fleet_merge":
+                options = {"matcher": preset.matcher, **options}
+            weights, _, notes = MERGERS.get(merger)(spec, learner.stack.state_dicts(), **options)
+            if notes:
+                facts = {"distance_before": notes[0].get("distance"), "distance_after": notes[-1].get("distance")}
+                history.append({"round": number, **facts, "norm_factor": notes[-1].get("norm_factor", 1.0)})
+            learner.stack.load([weights])
             if number == 0:
                 learner.forget_moments()
             sent += sum(sizes)
@@ -364,7 +378,7 @@ def _record(job: Job, method: str, evaluated: EvalRecord, trained: Trained, **me
         evaluated,
         system=method,
         metrics={
-            "label": METHODS[method],
+            "label": {**METHODS, **ABLATIONS}[method],
             "seed": job.seed,
             "bytes_sent": trained.bytes_sent,
             "cpu_seconds": round(trained.cpu_seconds, 1),
@@ -561,7 +575,7 @@ def film(folder: Path, preset: Preset, seed: int, max_steps: int = 120, tasks: i
     Returns:
         The film's file name, or None where nothing can be rendered here.
     """
-    from fleetgym.core.render import choose_gl, tile, write_video
+    from fleetgym.core.render import choose_gl, grid_video, write_video
 
     if choose_gl() == "disable":
         return None
@@ -578,9 +592,8 @@ def film(folder: Path, preset: Preset, seed: int, max_steps: int = 120, tasks: i
             policy, make, [_EVALUATION_SEED], max_steps=max_steps, stop_on_success=True, render=2, record=False
         )[0]
         films.append(episode.frames)
-    longest = max(map(len, films)) + 10
-    padded = [frames + [frames[-1]] * (longest - len(frames)) for frames in films]
-    write_video(folder / "film.mp4", [tile(frames) for frames in zip(*padded)], fps=20)
+    # The last frame stays for a moment before the film begins again.
+    write_video(folder / "film.mp4", grid_video([[*frames, *frames[-1:] * 10] for frames in films]), fps=20)
     return "film.mp4"
 
 
@@ -632,6 +645,8 @@ class Args:
     """Processes; 0 means one for each core, four at most."""
     device: str = "cpu"
     """Where to train: cpu or cuda."""
+    ablations: bool = False
+    """Also take fleet_merge apart: norms restored without alignment, alignment without norms."""
     film: bool = True
     """Film the merged policy (needs a GL library; `fleetgym doctor` says)."""
     override: tuple[str, ...] = ()
@@ -668,7 +683,8 @@ def main(argv: Sequence[str]) -> int:
     config = {"benchmark": "fleet_merge", "name": args.preset, "preset": dataclasses.asdict(preset)}
     with Run.open(folder, config, resume=args.resume, name="fleet_merge", tensorboard=False):
         workers = args.workers or min(4, os.cpu_count() or 1)
-        run(preset, folder, args.seeds, workers=workers, device=args.device)
+        methods = [*METHODS, *(ABLATIONS if args.ablations else ())]
+        run(preset, folder, args.seeds, workers=workers, device=args.device, methods=methods)
         publish(folder, preset, args.preset, args.seeds, args.film)
     print((folder / "leaderboard.md").read_text())
     print(f"page: {folder / 'leaderboard.html'}")

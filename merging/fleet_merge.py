@@ -15,7 +15,14 @@ from torch import Tensor
 from fleetgym.core.errors import UserError
 from fleetgym.core.weights import Element, StateDict, WeightSpec
 from fleetgym.merging.matching import match
-from fleetgym.merging.mergers import average, mean_distance, normalised, restore_norms
+from fleetgym.merging.mergers import (
+    average,
+    mean_distance,
+    normalised,
+    point_the_same_way,
+    restore_norms,
+    wants_norms,
+)
 
 
 @torch.no_grad()
@@ -71,7 +78,7 @@ def align(
     distance = first = mean_distance(spec, aligned)
     history: list[dict[str, Any]] = [{"pass": 0, "distance": distance, "moved": 0, "seconds": 0.0}]
     if reference == "auto":
-        reference = "mean" if _point_the_same_way(spec, aligned, distance) else "first"
+        reference = "mean" if point_the_same_way(spec, aligned) else "first"
     anchor = reference if isinstance(reference, int) else 0
     order = [anchor, *(i for i in range(count) if i != anchor)]
 
@@ -103,13 +110,6 @@ def align(
     return elements, aligned, history
 
 
-def _point_the_same_way(spec: WeightSpec, states: Sequence[StateDict], distance: float) -> bool:
-    """Whether the mean cosine between two networks exceeds 1/2, as it does after a shared initialisation."""
-    keys = [key for key in spec.cost_keys if not all(axis.fixed for axis in spec.axes[key])]
-    squares = sum(float(state[key].double().square().sum()) for state in states for key in keys) / len(states)
-    return distance < squares  # ||a - b||^2 = 2 |a|^2 (1 - cosine)
-
-
 def fleet_merge(
     spec: WeightSpec,
     state_dicts: Sequence[StateDict],
@@ -127,15 +127,12 @@ def fleet_merge(
 ) -> tuple[dict[str, Tensor], list[Element], list[dict[str, Any]]]:
     """The merger ``fleet_merge``: :func:`align`, then the weighted mean, then its norms restored.
 
-    Args:
-        norms: Whether :func:`fleetgym.merging.mergers.restore_norms` follows the mean. ``"auto"`` does it where it is
-            needed: for networks that point different ways (different initialisations), whose mean is too short. After a
-            common start the mean is as long as it should be, and stretching it round by round would add up.
-
-    The other arguments, the errors and the first two results are those of :func:`align`.
+    ``norms`` says whether :func:`fleetgym.merging.mergers.restore_norms` follows the mean. ``"auto"`` does it where it
+    is needed: for networks that point different ways (different initialisations), whose mean is too short. After a
+    common start the mean is as long as it should be, and stretching it round by round would add up. The other
+    arguments, the errors and the results are those of :func:`align`, with the merged weights in first place.
     """
-    if norms not in (True, False, "auto"):
-        raise UserError(f"norms={norms!r}: True, False or 'auto' is wanted")
+    norms = wants_norms(norms, spec, state_dicts)
     elements, aligned, history = align(
         spec,
         state_dicts,
@@ -150,8 +147,6 @@ def fleet_merge(
         **options,
     )
     weights = average(aligned, coefficients)
-    if norms == "auto":
-        norms = not _point_the_same_way(spec, state_dicts, mean_distance(spec, state_dicts))
     if norms:
         weights, factor = restore_norms(weights, spec, aligned, coefficients)
         history[-1]["norm_factor"] = factor

@@ -163,16 +163,34 @@ def mean_distance(spec: WeightSpec, state_dicts: Sequence[StateDict]) -> float:
     return 2.0 * spread / max(1, count - 1)
 
 
+def point_the_same_way(spec: WeightSpec, states: Sequence[StateDict]) -> bool:
+    """Whether the mean cosine between two networks exceeds 1/2, as it does after a shared initialisation."""
+    keys = [key for key in spec.cost_keys if not all(axis.fixed for axis in spec.axes[key])]
+    squares = sum(float(state[key].double().square().sum()) for state in states for key in keys) / len(states)
+    return mean_distance(spec, states) < squares  # ||a - b||^2 = 2 |a|^2 (1 - cosine)
+
+
+def wants_norms(norms: bool | str, spec: WeightSpec, states: Sequence[StateDict]) -> bool:
+    """Whether to restore norms; ``"auto"`` does where the networks point different ways.
+
+    Raises:
+        UserError: ``norms`` is something else.
+    """
+    if norms not in (True, False, "auto"):
+        raise UserError(f"norms={norms!r}: True, False or 'auto' is wanted")
+    return not point_the_same_way(spec, states) if norms == "auto" else bool(norms)
+
+
 def plain_average(
     spec: WeightSpec,
     state_dicts: Sequence[StateDict],
     *,
     coefficients: Sequence[float] | None = None,
-    norms: bool = False,
+    norms: bool | str = False,
 ) -> tuple[dict[str, Tensor], list[Element], list[dict[str, Any]]]:
-    """The merger ``average``: no alignment, and no :func:`restore_norms` unless ``norms`` is set."""
+    """The merger ``average``: no alignment, and no :func:`restore_norms` unless ``norms`` is True or ``"auto"``."""
     weights, history = average(state_dicts, coefficients), []
-    if norms:
+    if wants_norms(norms, spec, state_dicts):
         weights, factor = restore_norms(weights, spec, state_dicts, coefficients)
         history.append({"norm_factor": factor})
     return weights, [spec.identity() for _ in state_dicts], history

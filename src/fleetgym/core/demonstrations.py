@@ -9,6 +9,7 @@ of the metadata (``Demonstrations.info``), and in the episode attribute ``succes
 from __future__ import annotations
 
 import contextlib
+import inspect
 import json
 import os
 import re
@@ -569,13 +570,17 @@ class Demonstrations(Sequence):
         made = not root.exists()
         root.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=".data-", dir=root))
+        # JPEG loses information; a dataset gives back what was put in. Minari has the switch since 0.5.4, which needs
+        # Python 3.11.
+        has_switch = "jpeg_encoding" in inspect.signature(MinariStorage.new).parameters
+        lossless = {"jpeg_encoding": False} if has_switch else {}
         try:
             storage = MinariStorage.new(
                 temporary,
                 observation_space=self.observation_space,
                 action_space=self.action_space,
                 env_spec=_portable(self.env_spec),
-                jpeg_encoding=False,  # JPEG loses information; a dataset gives back what was put in
+                **lossless,
             )
             storage.update_metadata(metadata)
             storage.update_episodes(
