@@ -128,11 +128,12 @@ def fleet_merge(
     """The merger ``fleet_merge``: :func:`align`, then the weighted mean, then its norms restored.
 
     ``norms`` says whether :func:`fleetgym.merging.mergers.restore_norms` follows the mean. ``"auto"`` does it where it
-    is needed: for networks that point different ways (different initialisations), whose mean is too short. After a
-    common start the mean is as long as it should be, and stretching it round by round would add up. The other
-    arguments, the errors and the results are those of :func:`align`, with the merged weights in first place.
+    is needed: for networks that point different ways even after alignment, as unrelated initialisations do, whose mean
+    is too short. After a common start the mean is as long as it should be, and stretching it round by round would add
+    up. The other arguments, the errors and the results are those of :func:`align`, with the merged weights in first
+    place.
     """
-    norms = wants_norms(norms, spec, state_dicts)
+    wants_norms(norms, spec, state_dicts[:1])  # a wrong value is said before the work
     elements, aligned, history = align(
         spec,
         state_dicts,
@@ -147,7 +148,7 @@ def fleet_merge(
         **options,
     )
     weights = average(aligned, coefficients)
-    if norms:
+    if wants_norms(norms, spec, aligned):
         weights, factor = restore_norms(weights, spec, aligned, coefficients)
         history[-1]["norm_factor"] = factor
     return weights, elements, history
