@@ -11,7 +11,7 @@ from gymnasium import spaces
 from fleetgym.core.demonstrations import Demonstrations, Statistics
 from fleetgym.core.errors import UserError
 from fleetgym.core.policy import FunctionPolicy
-from fleetgym.core.rollout import Episode, collect
+from fleetgym.core.rollout import Episode, collect, rollout
 
 SWING = FunctionPolicy(lambda o: np.array([-3.0 * o[1] - o[2]]), spaces.Box(-2.0, 2.0, (1,), np.float32))
 
@@ -392,3 +392,10 @@ def test_create_takes_spaces_from_the_environment(tmp_path):
     made = Demonstrations.create(tmp_path / "p", [episode(3, size=3, actions=1)], "Pendulum-v1")
     assert made.action_space == env.action_space and made.info["env_id"] == "Pendulum-v1"
     assert Demonstrations.load(tmp_path / "p").action_space == env.action_space
+
+
+def test_relative_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    episode = rollout(FunctionPolicy(lambda obs: np.zeros(1, np.float32)), "Pendulum-v1", [0], max_steps=3)
+    Demonstrations(episode).save("some/where")
+    assert Demonstrations.load("some/where").steps == 3

@@ -569,7 +569,8 @@ class Demonstrations(Sequence):
                 metadata[key] = self.info[source]
         made = not root.exists()
         root.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=".data-", dir=root))
+        # Absolute: the storage joins its path twice.
+        temporary = Path(tempfile.mkdtemp(prefix=".data-", dir=root.resolve()))
         # JPEG loses information; a dataset gives back what was put in. Minari has the switch since 0.5.4, which needs
         # Python 3.11.
         has_switch = "jpeg_encoding" in inspect.signature(MinariStorage.new).parameters
