@@ -20,8 +20,6 @@ from fleetgym.core.errors import UserError
 from fleetgym.core.run import Run
 from fleetgym.core.seeding import seed_everything
 
-_STATE_SECONDS = 20.0  # how much work a kill may cost
-
 
 @dataclass
 class Args:
@@ -43,6 +41,8 @@ class Args:
     """Of the initial weights and the draws."""
     device: str = "cpu"
     """cpu or cuda."""
+    save_every: float = 20.0
+    """Seconds between saved states: what a kill may cost."""
     resume: bool = False
     """Go on in the folder of a run that was stopped."""
 
@@ -91,7 +91,7 @@ def train_bc(args: Args, run: Run) -> Checkpoint:
         done = step + 1 == args.imitation.steps
         if done or (step + 1) % 10 == 0:
             run.log(step + 1, loss=loss, learning_rate=learner.learning_rate(step))
-        if done or time.monotonic() - last_save > _STATE_SECONDS:
+        if done or time.monotonic() - last_save > args.save_every:
             run.save_state(learner.step_count, *learner.state())
             last_save = time.monotonic()
     trained = learner.stack.policies()[0].cpu()
@@ -122,7 +122,11 @@ def main(argv: Sequence[str]) -> int:
     # Names, not paths: the run means the same when its folder is moved.
     config = {
         "system": "bc",
-        **{k: v for k, v in dataclasses.asdict(args).items() if k not in ("out", "resume", "datasets", "device")},
+        **{
+            k: v
+            for k, v in dataclasses.asdict(args).items()
+            if k not in ("out", "resume", "datasets", "device", "save_every")
+        },
         "datasets": [path.name for path in args.datasets],
     }
     with Run.open(args.out, config, resume=args.resume, name="bc") as run:

@@ -47,7 +47,6 @@ from fleetgym.merging import MERGERS, interpolate, merge
 # Seeds of demonstrations, of the final evaluation and of the learning curve never meet; besides, the environment draws
 # the goals of the last two from the held-out half of its goal space.
 _EVALUATION_SEED, _CURVE_SEED = 1_000_000, 2_000_000
-_STATE_SECONDS = 20.0  # how much work a kill may cost
 
 
 @dataclass(frozen=True)
@@ -55,7 +54,7 @@ class Preset:
     """What is trained and measured. The defaults are those of ``quick``."""
 
     tasks: str = "quick"
-    """Task set of the Meta-World suite; each task has its own robots."""
+    """Task set of the Meta-World suite, or task names with commas between; each task has its own robots."""
     robots_per_task: int = 4
     """Robots that share a task (but neither demonstrations nor initial weights)."""
     demonstrations: int = 20
@@ -82,10 +81,22 @@ class Preset:
     """How fleet_merge aligns: frank_wolfe, lap or sinkhorn."""
     episodes: int = 20
     """Evaluation episodes of each task."""
+    max_steps: int = 500
+    """Steps of an evaluation episode; Meta-World counts success within 500."""
     curve_points: int = 6
     """How often the merged policy is evaluated during training."""
     curve_episodes: int = 5
     """Episodes of each task at a point of the curve."""
+
+    @property
+    def task_names(self) -> tuple[str, ...]:
+        """The tasks, in the order of their one-hot.
+
+        Raises:
+            UserError: Unknown task or task set; the message holds the three nearest names.
+        """
+        names = self.tasks.split(",")
+        return suite("meta_world").task_set(names if len(names) > 1 else names[0])
 
     @property
     def steps(self) -> int:
@@ -137,7 +148,9 @@ class Job:
     seed: int
     preset: Preset
     folder: str
-    device: str
+    device: str = "cpu"
+    save_every: float = 20.0
+    """Seconds of work that a kill may cost."""
 
 
 class Fleet:
@@ -146,7 +159,7 @@ class Fleet:
     def __init__(self, preset: Preset, folder: Path, seed: int) -> None:
         self.preset, self.seed = preset, seed
         self.suite = suite("meta_world")
-        self.tasks = list(self.suite.splits[preset.tasks])
+        self.tasks = list(preset.task_names)
         self.robots = [task for task in self.tasks for _ in range(preset.robots_per_task)]
         """The task of each robot."""
         self.data: list[SequenceBatch] = []
@@ -193,13 +206,14 @@ class Fleet:
         return policy
 
     def evaluate(self, policy: RecurrentPolicy, tasks: Sequence[str], episodes: int, first_seed: int) -> EvalRecord:
-        """Success on held-out goals: ``episodes`` of each task, 500 steps at most, as Meta-World counts it."""
+        """Success on held-out goals: ``episodes`` of each task, latched, within ``max_steps``."""
         records = [
             evaluate(
                 policy,
-                self.suite.make_fn(task, goals="held_out", task_set=self.preset.tasks),
+                self.suite.make_fn(task, goals="held_out", task_set=self.tasks),
                 range(first_seed, first_seed + episodes),
                 task=task,
+                max_steps=self.preset.max_steps,
                 stop_on_success=True,
             )
             for task in tasks
@@ -349,7 +363,7 @@ def train(job: Job, fleet: Fleet, run: Run, report: Callable[[int, str], None]) 
             run.log(learner.step_count, success=record.success)
         words = f"loss {float(loss.mean()):.4f}" + (f", success {curve[-1]['success']:.2f}" if curve else "")
         report(learner.step_count, words)
-        if number == preset.rounds or number in points or time.monotonic() - last_save > _STATE_SECONDS:
+        if number == preset.rounds or number in points or time.monotonic() - last_save > job.save_every:
             tensors, meta = learner.state()
             meta = {"learner": meta, "cpu_seconds": cpu, "curve": curve, "history": history, "bytes_sent": sent}
             run.save_state(number, tensors, meta)
@@ -502,6 +516,7 @@ def run(
     *,
     workers: int = 2,
     device: str = "cpu",
+    save_every: float = 20.0,
     methods: Sequence[str] = tuple(METHODS),
 ) -> None:
     """Collects, trains, evaluates; whatever was finished by an earlier call is kept.
@@ -512,6 +527,7 @@ def run(
         seeds: Training seeds: initial weights, demonstrations and draws differ from seed to seed.
         workers: Processes; each trains one method of one seed at a time.
         device: Where to train.
+        save_every: Seconds of work that a kill may cost.
         methods: Rows to fill.
 
     Raises:
@@ -521,8 +537,8 @@ def run(
     context = multiprocessing.get_context("spawn")
     reports = context.Queue()
     kinds = [kind for kind, rows in _JOBS.items() if set(rows) & set(methods)]
-    jobs = [Job(kind, seed, preset, str(folder), device) for seed in seeds for kind in kinds]
-    tasks = suite("meta_world").splits[preset.tasks]
+    jobs = [Job(kind, seed, preset, str(folder), device, save_every) for seed in seeds for kind in kinds]
+    tasks = preset.task_names
     progress = _Progress()
     # BLAS threads of a worker would fight with those of the others; children read these when they start.
     os.environ.update({name: "1" for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")})
@@ -582,11 +598,11 @@ def film(folder: Path, preset: Preset, seed: int, max_steps: int = 120, tasks: i
     checkpoint = folder / "work" / f"seed{seed}" / "fleet_merge_rounds" / "checkpoints" / "last"
     policy = Checkpoint.load(checkpoint).module()
     worlds = suite("meta_world")
-    names = list(worlds.splits[preset.tasks])[:tasks]
+    names = preset.task_names[:tasks]
     films = []
     for name in names:
         make = worlds.make_fn(
-            name, goals="held_out", task_set=preset.tasks, render_mode="rgb_array", width=192, height=192
+            name, goals="held_out", task_set=preset.task_names, render_mode="rgb_array", width=192, height=192
         )
         episode = rollout(
             policy, make, [_EVALUATION_SEED], max_steps=max_steps, stop_on_success=True, render=2, record=False
@@ -601,7 +617,7 @@ def publish(folder: Path, preset: Preset, name: str, seeds: Sequence[int], make_
     """Writes ``extras.json``, the film and the leaderboard pages from what lies in the folder."""
     from fleetgym.benchmarks import leaderboard
 
-    tasks = len(suite("meta_world").splits[preset.tasks])
+    tasks = len(preset.task_names)
     robots = tasks * preset.robots_per_task
     interpolated = folder / "work" / f"seed{seeds[0]}" / "alone" / "interpolation.json"
     extras: dict[str, Any] = {
@@ -645,6 +661,8 @@ class Args:
     """Processes; 0 means one for each core, four at most."""
     device: str = "cpu"
     """Where to train: cpu or cuda."""
+    save_every: float = 20.0
+    """Seconds between saved states: what a kill may cost."""
     ablations: bool = False
     """Also take fleet_merge apart: norms restored without alignment, alignment without norms."""
     film: bool = True
@@ -675,6 +693,7 @@ def main(argv: Sequence[str]) -> int:
 
     args = tyro.cli(Args, args=list(argv), prog="fleetgym bench fleet_merge")
     preset = _preset(args.preset, args.override)
+    preset.task_names  # an unknown task is said before any work  # noqa: B018
     if not args.seeds:
         raise UserError("--seeds is empty; give at least one, such as --seeds 0")
     if args.device != "cpu" and not torch.cuda.is_available():
@@ -684,7 +703,9 @@ def main(argv: Sequence[str]) -> int:
     with Run.open(folder, config, resume=args.resume, name="fleet_merge", tensorboard=False):
         workers = args.workers or min(4, os.cpu_count() or 1)
         methods = [*METHODS, *(ABLATIONS if args.ablations else ())]
-        run(preset, folder, args.seeds, workers=workers, device=args.device, methods=methods)
+        run(
+            preset, folder, args.seeds, workers=workers, device=args.device, save_every=args.save_every, methods=methods
+        )
         publish(folder, preset, args.preset, args.seeds, args.film)
     print((folder / "leaderboard.md").read_text())
     print(f"page: {folder / 'leaderboard.html'}")

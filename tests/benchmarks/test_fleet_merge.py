@@ -1,0 +1,154 @@
+"""The fleet-merging protocol, small: what it writes, that a stopped run goes on to the same result, bad input."""
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from fleetgym.benchmarks import fleet_merge, leaderboard
+from fleetgym.benchmarks.fleet_merge import METHODS, Job, Preset
+from fleetgym.core import EvalRecord, UserError
+
+TINY = Preset(
+    tasks="reach-v3,door-close-v3", robots_per_task=2, demonstrations=2, hidden=8, warmup=2, local_steps=2, rounds=4,
+    episodes=2, max_steps=15, curve_points=2, curve_episodes=1,
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def demonstrations(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("fleet")
+    for task in TINY.task_names:
+        fleet_merge.collect_task(TINY, str(folder), 0, task)
+    return folder
+
+
+@pytest.fixture
+def folder(demonstrations, tmp_path):
+    """A fresh benchmark folder with the demonstrations of the others."""
+    (tmp_path / "work" / "seed0").mkdir(parents=True)
+    (tmp_path / "work" / "seed0" / "demonstrations").symlink_to(demonstrations / "work" / "seed0" / "demonstrations")
+    return tmp_path
+
+
+def silent(*_):
+    pass
+
+
+def outcome(folder, method):
+    record = EvalRecord.load(fleet_merge.record_path(folder, method, 0))
+    metrics = {key: value for key, value in record.metrics.items() if key != "cpu_seconds"}
+    return {**dataclasses.asdict(record), "metrics": metrics, "provenance": None}
+
+
+def test_every_row_and_the_pages(folder):
+    for kind in ("alone", "average_rounds", "fleet_merge_rounds", "joint"):
+        fleet_merge.run_job(Job(kind, 0, TINY, str(folder)), silent)
+    fleet_merge.publish(folder, TINY, "tiny", [0], make_film=False)
+    rows = {row["method"]: row for row in json.loads((folder / "leaderboard.json").read_text())}
+    assert set(rows) == set(METHODS)
+    keys = {"method", "success", "low", "high", "worst_task", "bytes_sent", "cpu_seconds", "seeds"}
+    assert all(keys <= set(row) for row in rows.values())
+    parameters = sum(p.numel() for p in fleet_merge.Fleet(TINY, folder, 0).policy(0).parameters())
+    statistics = 8 * (2 * (39 + 2 + 9) + 1)
+    assert rows["average_rounds"]["bytes_sent"] == statistics + 4 * parameters * (TINY.rounds + 1)
+    assert rows["fleet_merge_once"]["bytes_sent"] == statistics + 4 * parameters
+    assert rows["alone_own"]["bytes_sent"] == statistics
+    extras = json.loads((folder / "extras.json").read_text())
+    assert [len(series["loss"]) for series in extras["interpolation"]["series"]] == [11, 11]
+    assert (folder / "leaderboard.html").stat().st_size > 10_000
+    merged = EvalRecord.load(fleet_merge.record_path(folder, "fleet_merge_rounds", 0))
+    first, *later = merged.metrics["merges"]
+    assert first["distance_after"] < first["distance_before"]
+    assert first["norm_factor"] > 1.1 and all(note["norm_factor"] == 1 for note in later)
+    assert leaderboard.build(folder)
+
+
+class Stop(Exception):
+    pass
+
+
+@pytest.mark.parametrize("kind", ["fleet_merge_rounds", "joint"])
+def test_a_stopped_job_goes_on_to_the_same_result(folder, tmp_path, kind):
+    job = Job(kind, 0, TINY, str(folder), save_every=0.0)
+    fleet_merge.run_job(job, silent)
+    whole = outcome(folder, kind)
+    fleet_merge.record_path(folder, kind, 0).unlink()
+    (folder / "work" / "seed0" / kind).rename(tmp_path / "first")
+
+    def stop(name, done, total, words):
+        if done >= TINY.warmup + TINY.local_steps:
+            raise Stop
+
+    with pytest.raises(Stop):
+        fleet_merge.run_job(job, stop)
+    assert not fleet_merge.record_path(folder, kind, 0).exists()
+    seen = []
+    fleet_merge.run_job(job, lambda name, done, total, words: seen.append(done))
+    assert seen[0] > TINY.warmup  # it did not begin again
+    assert outcome(folder, kind) == whole
+    weights = [
+        path / "checkpoints" / "last" / "model.safetensors"
+        for path in (tmp_path / "first", folder / "work" / "seed0" / kind)
+    ]
+    assert weights[0].read_bytes() == weights[1].read_bytes()
+
+
+def test_robots_share_neither_data_nor_initial_weights(folder):
+    fleet = fleet_merge.Fleet(TINY, folder, 0)
+    assert fleet.robots == ["reach-v3", "reach-v3", "door-close-v3", "door-close-v3"]
+    assert not torch.equal(fleet.data[0].observations[0, 0], fleet.data[1].observations[0, 0])
+    assert fleet.data[0].observations[..., 39:][fleet.data[0].mask].unique(dim=0).tolist() == [[1, 0]]
+    first, second = fleet.policy(0), fleet.policy(1)
+    assert not torch.equal(first.encoder.weight, second.encoder.weight)
+    assert torch.equal(first.normaliser.mean, second.normaliser.mean)
+
+
+def test_bad_input():
+    with pytest.raises(UserError, match="unknown preset 'quik'; nearest: 'quick'"):
+        fleet_merge.main(["--preset", "quik"])
+    with pytest.raises(UserError, match="unknown preset field 'round'; nearest: 'rounds'"):
+        fleet_merge.main(["--override", "round=3"])
+    with pytest.raises(UserError, match="rounds takes a int"):
+        fleet_merge.main(["--override", "rounds=many"])
+    with pytest.raises(UserError, match="nearest: 'reach-v3'"):
+        fleet_merge.main(["--override", "tasks=reach-v4,push-v3"])
+    if not torch.cuda.is_available():
+        with pytest.raises(UserError, match="--device cuda"):
+            fleet_merge.main(["--device", "cuda"])
+
+
+def test_folder_of_another_preset(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"schema": 1, "name": "x", "config": {"preset": {"rounds": 1}}}))
+    with pytest.raises(UserError, match="another config"):
+        fleet_merge.main(["--out", str(tmp_path), "--resume"])
+
+
+@pytest.mark.slow
+def test_killed_and_resumed_from_the_command_line(tmp_path):
+    overrides = [f"{field.name}={getattr(TINY, field.name)}" for field in dataclasses.fields(Preset)]
+    command = [sys.executable, "-m", "fleetgym", "bench", "fleet_merge", "--no-film", "--save-every", "0"]
+    command += ["--override", *overrides]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+    def leaderboard_of(folder):
+        rows = json.loads((folder / "leaderboard.json").read_text())
+        return [{key: value for key, value in row.items() if key != "cpu_seconds"} for row in rows]
+
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    subprocess.run([*command, "--out", str(whole)], check=True, env=environment)
+    process = subprocess.Popen([*command, "--out", str(killed)], env=environment, start_new_session=True)
+    while not list(killed.glob("work/seed0/*/state.safetensors")):
+        assert process.poll() is None
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    assert not (killed / "leaderboard.json").exists()
+    subprocess.run([*command, "--out", str(killed), "--resume"], check=True, env=environment)
+    assert leaderboard_of(killed) == leaderboard_of(whole)
