@@ -75,7 +75,7 @@ class Preset:
     """Gradient steps of each robot alone before the first merge."""
     local_steps: int = 20
     """Gradient steps between merges."""
-    rounds: int = 60
+    rounds: int = 100
     """Merges after the first."""
     matcher: str = "frank_wolfe"
     """How fleet_merge aligns: frank_wolfe, lap or sinkhorn."""
@@ -122,7 +122,7 @@ ABLATIONS = {
     "average_norms_rounds": "Averaging with norms restored, no alignment",
     "align_rounds": "Alignment, norms not restored",
 }
-"""fleet_merge taken apart; `--ablations` adds these rows."""
+"""fleet_merge taken apart; filled when asked for by name."""
 MERGES: dict[str, tuple[str, dict[str, Any]]] = {
     "average_rounds": ("average", {}),
     "fleet_merge_rounds": ("fleet_merge", {}),
@@ -663,8 +663,8 @@ class Args:
     """Where to train: cpu or cuda."""
     save_every: float = 20.0
     """Seconds between saved states: what a kill may cost."""
-    ablations: bool = False
-    """Also take fleet_merge apart: norms restored without alignment, alignment without norms."""
+    methods: tuple[str, ...] = tuple(METHODS)
+    """Rows to fill. Besides the usual ones there are average_norms_rounds and align_rounds: fleet_merge taken apart."""
     film: bool = True
     """Film the merged policy (needs a GL library; `fleetgym doctor` says)."""
     override: tuple[str, ...] = ()
@@ -696,15 +696,23 @@ def main(argv: Sequence[str]) -> int:
     preset.task_names  # an unknown task is said before any work  # noqa: B018
     if not args.seeds:
         raise UserError("--seeds is empty; give at least one, such as --seeds 0")
+    for method in args.methods:
+        if method not in {**METHODS, **ABLATIONS}:
+            raise unknown("method", method, {**METHODS, **ABLATIONS})
     if args.device != "cpu" and not torch.cuda.is_available():
         raise UserError(f"--device {args.device}: no such device here (`fleetgym doctor` lists what there is)")
     folder = args.out or Path("runs") / "fleet_merge" / args.preset
     config = {"benchmark": "fleet_merge", "name": args.preset, "preset": dataclasses.asdict(preset)}
     with Run.open(folder, config, resume=args.resume, name="fleet_merge", tensorboard=False):
         workers = args.workers or min(4, os.cpu_count() or 1)
-        methods = [*METHODS, *(ABLATIONS if args.ablations else ())]
         run(
-            preset, folder, args.seeds, workers=workers, device=args.device, save_every=args.save_every, methods=methods
+            preset,
+            folder,
+            args.seeds,
+            workers=workers,
+            device=args.device,
+            save_every=args.save_every,
+            methods=args.methods,
         )
         publish(folder, preset, args.preset, args.seeds, args.film)
     print((folder / "leaderboard.md").read_text())

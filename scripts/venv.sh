@@ -39,3 +39,16 @@ else
     # Twice quiet: errors are printed, warnings about indexes are not.
     .venv/bin/python -m pip install -qq --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
 fi
+
+# Films need a GL library. Where the system has none, a wheel of Mesa's software renderer does (84 MB; only its
+# libraries are used, so none of its dependencies are installed). Without it everything but pictures works.
+gl='import sys; from fleetgym.core.render import choose_gl; sys.exit(choose_gl() == "disable")'
+if [ "$(uname -s)" = Linux ] && ! .venv/bin/python -c "$gl" >/dev/null 2>&1; then
+    wheel='lavavu-osmesa>=1.9.9'
+    echo "no GL library here: installing $wheel for films (optional)"
+    if command -v uv >/dev/null 2>&1; then
+        uv pip install --quiet --python .venv/bin/python --no-deps "$wheel" || true
+    else
+        .venv/bin/python -m pip install -qq --disable-pip-version-check --no-deps "$wheel" || true
+    fi
+fi
