@@ -13,7 +13,7 @@ import torch
 import tyro
 
 from fleetgym.agents.imitation import FleetLearner, ImitationConfig
-from fleetgym.agents.networks import RecurrentPolicy, features
+from fleetgym.agents.networks import META_WORLD_DIFFERENCES, RecurrentPolicy, features
 from fleetgym.core.checkpoint import Checkpoint
 from fleetgym.core.demonstrations import Demonstrations
 from fleetgym.core.errors import UserError
@@ -64,8 +64,7 @@ def train_bc(args: Args, run: Run) -> Checkpoint:
     demonstrations = Demonstrations.concatenate([Demonstrations.load(path) for path in args.datasets])
     batch = demonstrations.padded()
     observation_size, action_size = batch.observations.shape[-1], batch.actions.shape[-1]
-    # Meta-World's goal is seen best from the hand and the object: see RecurrentPolicy.
-    differences = ((0, 36, 3), (4, 36, 3), (0, 4, 3)) if _is_meta_world(demonstrations) else ()
+    differences = META_WORLD_DIFFERENCES if _is_meta_world(demonstrations) else ()
     policy = RecurrentPolicy(
         observation_size,
         action_size,

@@ -15,6 +15,9 @@ from fleetgym.core.errors import UserError, unknown
 
 CELLS: dict[str, type[nn.Module] | None] = {"gru": nn.GRU, "lstm": nn.LSTM, "rnn": nn.RNN, "mlp": None}
 
+META_WORLD_DIFFERENCES = ((0, 36, 3), (4, 36, 3), (0, 4, 3))
+"""For Meta-World's observation: hand (0-2) to goal (36-38), first object (4-6) to goal, hand to object."""
+
 
 class Normaliser(nn.Module):
     """Standardises observations with fixed statistics, ``(x - mean) / std``.

@@ -17,12 +17,11 @@ number by number: its hyper-parameters are not public. The protocol is ours and 
 from __future__ import annotations
 
 import dataclasses
-import multiprocessing
 import os
 import queue
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,7 +30,7 @@ import numpy as np
 import torch
 
 from fleetgym.agents.imitation import FleetLearner, ImitationConfig
-from fleetgym.agents.networks import RecurrentPolicy, features, masked_mse
+from fleetgym.agents.networks import META_WORLD_DIFFERENCES, RecurrentPolicy, features, masked_mse
 from fleetgym.core.checkpoint import Checkpoint
 from fleetgym.core.demonstrations import Demonstrations, SequenceBatch, Statistics
 from fleetgym.core.errors import UserError, unknown
@@ -41,6 +40,7 @@ from fleetgym.core.rollout import collect, evaluate, rollout
 from fleetgym.core.run import Run
 from fleetgym.core.seeding import seed_everything
 from fleetgym.core.weights import WeightSpec
+from fleetgym.core.workers import CONTEXT, worker_pool
 from fleetgym.envs import suite
 from fleetgym.merging import MERGERS, interpolate, merge
 
@@ -169,8 +169,7 @@ class Fleet:
                 own = episodes[robot * preset.demonstrations : (robot + 1) * preset.demonstrations]
                 # Demonstrations show the plain 39 numbers; the policy also sees which task it is on.
                 self.data.append(self._with_task(own.padded(), k))
-        # A goal in the observation is followed by its offset from the hand and from the object, and theirs.
-        self.differences = ((0, 36, 3), (4, 36, 3), (0, 4, 3))
+        self.differences = META_WORLD_DIFFERENCES
         self.statistics = Statistics.pool(
             [
                 Statistics.of(features(batch.observations[batch.mask].double(), self.differences).numpy(), floor=1e-3)
@@ -223,7 +222,7 @@ class Fleet:
 
 def demonstrations_path(folder: Path, seed: int, task: str) -> Path:
     """Where the demonstrations of a task lie."""
-    return folder / "work" / f"seed{seed}" / "demonstrations" / task
+    return folder / "training" / f"seed{seed}" / "demonstrations" / task
 
 
 def collect_task(preset: Preset, folder: str, seed: int, task: str) -> str:
@@ -236,23 +235,23 @@ def collect_task(preset: Preset, folder: str, seed: int, task: str) -> str:
                 return task
         except UserError:
             pass  # half a dataset of an interrupted run: collect it again
-    # A quarter more than needed makes up for the expert's failures (its worst task fails 15%).
     wanted = preset.robots_per_task * preset.demonstrations
-    first, number = seed * 10_000, wanted + -(-wanted // 4)
-    found = collect(
-        worlds.expert(task),
-        worlds.make_fn(task, goals="train"),
-        range(first, first + number),
-        dataset=path,
-        overwrite=True,
-        task=task,
-        instruction=worlds.task(task).instruction,
-        action_noise=preset.noise,
-        stop_on_success=True,
-    )
-    if len(found) < wanted:
-        raise UserError(f"{task}: the expert solved {len(found)} of {number} episodes; {wanted} are wanted")
-    return task
+    # A quarter more than needed makes up for the expert's failures on most tasks.
+    for number in (wanted + -(-wanted // 4), 2 * wanted, 4 * wanted):
+        found = collect(
+            worlds.expert(task),
+            worlds.make_fn(task, goals="train"),
+            range(seed * 10_000, seed * 10_000 + number),
+            dataset=path,
+            overwrite=True,
+            task=task,
+            instruction=worlds.task(task).instruction,
+            action_noise=preset.noise,
+            stop_on_success=True,
+        )
+        if len(found) >= wanted:
+            return task
+    raise UserError(f"{task}: the expert solved {len(found)} of {number} episodes, {wanted} are wanted; lower noise")
 
 
 def run_job(job: Job, report: Callable[[str, int, int, str], None]) -> list[str]:
@@ -274,7 +273,7 @@ def run_job(job: Job, report: Callable[[str, int, int, str], None]) -> list[str]
         return list(methods)
     fleet = Fleet(preset, folder, job.seed)
     config = {"job": job.kind, "seed": job.seed, "preset": dataclasses.asdict(preset)}
-    with Run.open(folder / "work" / f"seed{job.seed}" / job.kind, config, resume=True) as run:
+    with Run.open(folder / "training" / f"seed{job.seed}" / job.kind, config, resume=True) as run:
         trained = train(job, fleet, run, lambda done, words: report(name, done, preset.steps, words))
         report(name, preset.steps, preset.steps, "evaluating")
         if job.kind == "alone":
@@ -523,7 +522,7 @@ def run(
 
     Args:
         preset: What to measure.
-        folder: Where everything goes: ``records/``, and the training's own files under ``work/``.
+        folder: Where everything goes: ``records/``, and the training's own files under ``training/``.
         seeds: Training seeds: initial weights, demonstrations and draws differ from seed to seed.
         workers: Processes; each trains one method of one seed at a time.
         device: Where to train.
@@ -534,30 +533,17 @@ def run(
         UserError: An expert that does not give enough demonstrations, a folder of another preset, diverged training.
         KeyboardInterrupt: Ctrl-C; call again to go on.
     """
-    context = multiprocessing.get_context("spawn")
-    reports = context.Queue()
+    reports = CONTEXT.Queue()
     kinds = [kind for kind, rows in _JOBS.items() if set(rows) & set(methods)]
     jobs = [Job(kind, seed, preset, str(folder), device, save_every) for seed in seeds for kind in kinds]
     tasks = preset.task_names
     progress = _Progress()
-    # BLAS threads of a worker would fight with those of the others; children read these when they start.
-    os.environ.update({name: "1" for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")})
-    pool = ProcessPoolExecutor(max(1, workers), mp_context=context, initializer=_begin_worker, initargs=(reports,))
-    try:
-        with progress.bars:
-            total = len(seeds) * len(tasks)
-            waiting = [pool.submit(collect_task, preset, str(folder), seed, t) for seed in seeds for t in tasks]
-            for done, future in enumerate(waiting, start=1):
-                future.result()
-                progress("demonstrations", done, total, future.result())
-            _drain([pool.submit(_job_in_worker, job) for job in jobs], reports, progress)
-    except BaseException:
-        # Jobs under way save their state now and then; waiting for them to end would only keep the user waiting.
-        for process in list(pool._processes.values()):
-            process.terminate()
-        raise
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
+    # Jobs save their state now and then: on Ctrl-C, waiting for them to end would only keep the user waiting.
+    with worker_pool(workers, initializer=_begin_worker, arguments=(reports,), wait=False) as pool, progress.bars:
+        waiting = [pool.submit(collect_task, preset, str(folder), seed, task) for seed in seeds for task in tasks]
+        for done, future in enumerate(waiting, start=1):
+            progress("demonstrations", done, len(waiting), future.result())
+        _drain([pool.submit(_job_in_worker, job) for job in jobs], reports, progress)
 
 
 def _drain(futures: Sequence[Future], reports: Any, progress: _Progress) -> None:
@@ -595,7 +581,7 @@ def film(folder: Path, preset: Preset, seed: int, max_steps: int = 120, tasks: i
 
     if choose_gl() == "disable":
         return None
-    checkpoint = folder / "work" / f"seed{seed}" / "fleet_merge_rounds" / "checkpoints" / "last"
+    checkpoint = folder / "training" / f"seed{seed}" / "fleet_merge_rounds" / "checkpoints" / "last"
     policy = Checkpoint.load(checkpoint).module()
     worlds = suite("meta_world")
     names = preset.task_names[:tasks]
@@ -619,7 +605,7 @@ def publish(folder: Path, preset: Preset, name: str, seeds: Sequence[int], make_
 
     tasks = len(preset.task_names)
     robots = tasks * preset.robots_per_task
-    interpolated = folder / "work" / f"seed{seeds[0]}" / "alone" / "interpolation.json"
+    interpolated = folder / "training" / f"seed{seeds[0]}" / "alone" / "interpolation.json"
     extras: dict[str, Any] = {
         "title": f"Fleet merging on Meta-World, preset {name}",
         "description": (

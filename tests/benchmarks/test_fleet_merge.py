@@ -32,8 +32,8 @@ def demonstrations(tmp_path_factory):
 @pytest.fixture
 def folder(demonstrations, tmp_path):
     """A fresh benchmark folder with the demonstrations of the others."""
-    (tmp_path / "work" / "seed0").mkdir(parents=True)
-    (tmp_path / "work" / "seed0" / "demonstrations").symlink_to(demonstrations / "work" / "seed0" / "demonstrations")
+    (tmp_path / "training" / "seed0").mkdir(parents=True)
+    (tmp_path / "training" / "seed0" / "demonstrations").symlink_to(demonstrations / "training" / "seed0" / "demonstrations")
     return tmp_path
 
 
@@ -80,7 +80,7 @@ def test_a_stopped_job_goes_on_to_the_same_result(folder, tmp_path, kind):
     fleet_merge.run_job(job, silent)
     whole = outcome(folder, kind)
     fleet_merge.record_path(folder, kind, 0).unlink()
-    (folder / "work" / "seed0" / kind).rename(tmp_path / "first")
+    (folder / "training" / "seed0" / kind).rename(tmp_path / "first")
 
     def stop(name, done, total, words):
         if done >= TINY.warmup + TINY.local_steps:
@@ -95,7 +95,7 @@ def test_a_stopped_job_goes_on_to_the_same_result(folder, tmp_path, kind):
     assert outcome(folder, kind) == whole
     weights = [
         path / "checkpoints" / "last" / "model.safetensors"
-        for path in (tmp_path / "first", folder / "work" / "seed0" / kind)
+        for path in (tmp_path / "first", folder / "training" / "seed0" / kind)
     ]
     assert weights[0].read_bytes() == weights[1].read_bytes()
 
@@ -144,7 +144,7 @@ def test_killed_and_resumed_from_the_command_line(tmp_path):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     subprocess.run([*command, "--out", str(whole)], check=True, env=environment)
     process = subprocess.Popen([*command, "--out", str(killed)], env=environment, start_new_session=True)
-    while not list(killed.glob("work/seed0/*/state.safetensors")):
+    while not list(killed.glob("training/seed0/*/state.safetensors")):
         assert process.poll() is None
         time.sleep(0.05)
     os.killpg(process.pid, signal.SIGKILL)

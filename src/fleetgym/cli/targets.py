@@ -130,7 +130,7 @@ def load_policy(path: str | os.PathLike) -> tuple[Policy, dict[str, Any]]:
 
 @contextlib.contextmanager
 def worker_pool(workers: int) -> Iterator[Executor | None]:
-    """Worker processes, or None for a single one.
+    """Worker processes, or None for a single one; an interruption waits for what they are at, some seconds at most.
 
     Raises:
         UserError: ``workers`` is below one.
@@ -140,22 +140,10 @@ def worker_pool(workers: int) -> Iterator[Executor | None]:
     if workers == 1:
         yield None
         return
-    import signal
-    from concurrent.futures import ProcessPoolExecutor
-    from multiprocessing import get_context
+    from fleetgym.core.workers import worker_pool as start
 
-    # spawn: a fork would copy the locks of torch's and OpenGL's threads in whatever state they are. Ctrl-C reaches the
-    # workers, too: they leave it to this process, which knows what is finished.
-    pool = ProcessPoolExecutor(
-        workers,
-        mp_context=get_context("spawn"),
-        initializer=signal.signal,
-        initargs=(signal.SIGINT, signal.SIG_IGN),
-    )
-    try:
+    with start(workers) as pool:
         yield pool
-    finally:
-        pool.shutdown(cancel_futures=True)  # waits for the chunks that the workers are at: some seconds at most
 
 
 def cpu_seconds() -> float:
