@@ -9,8 +9,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
 
+import numpy as np
 import torch
 import tyro
+from gymnasium import spaces
 
 from fleetgym.agents.imitation import FleetLearner, ImitationConfig
 from fleetgym.agents.networks import META_WORLD_DIFFERENCES, RecurrentPolicy, features
@@ -62,9 +64,14 @@ def train_bc(args: Args, run: Run) -> Checkpoint:
     """
     seed_everything(args.seed)
     demonstrations = Demonstrations.concatenate([Demonstrations.load(path) for path in args.datasets])
+    for kind in ("observation", "action"):
+        space = getattr(demonstrations, f"{kind}_space")
+        if not isinstance(space, spaces.Box) or len(space.shape) != 1:
+            raise UserError(f"bc learns vectors from vectors; these demonstrations have the {kind} space {space}")
     batch = demonstrations.padded()
     observation_size, action_size = batch.observations.shape[-1], batch.actions.shape[-1]
     differences = META_WORLD_DIFFERENCES if _is_meta_world(demonstrations) else ()
+    low, high = float(demonstrations.action_space.low.min()), float(demonstrations.action_space.high.max())
     policy = RecurrentPolicy(
         observation_size,
         action_size,
@@ -72,8 +79,8 @@ def train_bc(args: Args, run: Run) -> Checkpoint:
         hidden=args.hidden,
         layers=args.layers,
         differences=differences,
-        action_low=float(demonstrations.action_space.low.min()),
-        action_high=float(demonstrations.action_space.high.max()),
+        action_low=low if np.isfinite(low) else None,
+        action_high=high if np.isfinite(high) else None,
     )
     statistics = demonstrations.statistics(
         transform=lambda x: features(torch.as_tensor(x), differences).numpy(), floor=1e-3

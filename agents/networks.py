@@ -50,7 +50,7 @@ class RecurrentPolicy(nn.Module):
         layers: Layers of the core.
         differences: Triples ``(i, j, n)``: the policy also sees ``obs[i:i+n] - obs[j:j+n]``. A goal relative to the
             hand is tiny beside the range of either, and standardising each alone hides it.
-        action_low: Actions from ``predict`` are clipped to ``[action_low, action_high]``.
+        action_low: Actions from ``predict`` are clipped to ``[action_low, action_high]``; None for no bound.
         action_high: See ``action_low``.
 
     Raises:
@@ -67,8 +67,8 @@ class RecurrentPolicy(nn.Module):
         hidden: int = 64,
         layers: int = 1,
         differences: Sequence[Sequence[int]] = (),
-        action_low: float = -1.0,
-        action_high: float = 1.0,
+        action_low: float | None = -1.0,
+        action_high: float | None = 1.0,
     ) -> None:
         super().__init__()
         if cell not in CELLS:
@@ -164,7 +164,10 @@ class RecurrentPolicy(nn.Module):
             parts = [part.transpose(0, 1).contiguous() for part in parts]
             memory = tuple(parts) if len(parts) > 1 else parts[0]
         actions, memory = self(x[:, None], memory)
-        out = actions[:, 0].clamp(self.config["action_low"], self.config["action_high"]).cpu().numpy()
+        out = actions[:, 0].cpu().numpy()
+        low, high = self.config["action_low"], self.config["action_high"]
+        if low is not None or high is not None:
+            out = np.clip(out, low, high)
         new_state = None
         if memory is not None:
             parts = memory if isinstance(memory, tuple) else (memory,)

@@ -577,9 +577,10 @@ def film(folder: Path, preset: Preset, seed: int, max_steps: int = 120, tasks: i
     Returns:
         The film's file name, or None where nothing can be rendered here.
     """
-    from fleetgym.core.render import choose_gl, grid_video, write_video
+    from fleetgym.core.render import NO_GL_HELP, choose_gl, grid_video, write_video
 
     if choose_gl() == "disable":
+        print(f"no film: {NO_GL_HELP}")
         return None
     checkpoint = folder / "training" / f"seed{seed}" / "fleet_merge_rounds" / "checkpoints" / "last"
     policy = Checkpoint.load(checkpoint).module()
@@ -595,7 +596,9 @@ def film(folder: Path, preset: Preset, seed: int, max_steps: int = 120, tasks: i
         )[0]
         films.append(episode.frames)
     # The last frame stays for a moment before the film begins again.
-    write_video(folder / "film.mp4", grid_video([[*frames, *frames[-1:] * 10] for frames in films]), fps=20)
+    frames = list(grid_video([[*frames, *frames[-1:] * 10] for frames in films]))
+    write_video(folder / "film.mp4", frames, fps=20)
+    write_video(folder / "film.gif", frames, fps=20)  # for pages that show no video, such as a README
     return "film.mp4"
 
 

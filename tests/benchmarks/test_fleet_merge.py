@@ -32,8 +32,9 @@ def demonstrations(tmp_path_factory):
 @pytest.fixture
 def folder(demonstrations, tmp_path):
     """A fresh benchmark folder with the demonstrations of the others."""
-    (tmp_path / "training" / "seed0").mkdir(parents=True)
-    (tmp_path / "training" / "seed0" / "demonstrations").symlink_to(demonstrations / "training" / "seed0" / "demonstrations")
+    part = "training/seed0"
+    (tmp_path / part).mkdir(parents=True)
+    (tmp_path / part / "demonstrations").symlink_to(demonstrations / part / "demonstrations")
     return tmp_path
 
 
