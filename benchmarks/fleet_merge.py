@@ -106,8 +106,8 @@ class Preset:
 
 PRESETS = {
     "quick": Preset(),
-    "mt10": Preset(tasks="mt10", robots_per_task=2, batch_size=4, rounds=150),
-    "mt50": Preset(tasks="mt50", robots_per_task=1, batch_size=8, rounds=300, episodes=10, curve_episodes=2),
+    "mt10": Preset(tasks="mt10", robots_per_task=2, hidden=128, rounds=150),
+    "mt50": Preset(tasks="mt50", robots_per_task=1, hidden=128, rounds=250, episodes=10, curve_episodes=2),
 }
 
 METHODS = {
