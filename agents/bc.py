@@ -108,7 +108,7 @@ def train_bc(args: Args, run: Run) -> Checkpoint:
         "tasks": [part.get("task", "") for part in demonstrations.info["parts"]],
         "episodes": len(demonstrations),
     }
-    return run.save_checkpoint("last", trained, normaliser=statistics.to_tensors(), info=info)
+    return run.save_checkpoint("last", trained, info=info)
 
 
 def _is_meta_world(demonstrations: Demonstrations) -> bool:
