@@ -609,6 +609,8 @@ def publish(folder: Path, preset: Preset, name: str, seeds: Sequence[int], make_
     tasks = len(preset.task_names)
     robots = tasks * preset.robots_per_task
     interpolated = folder / "training" / f"seed{seeds[0]}" / "alone" / "interpolation.json"
+    extra = [method for method in ABLATIONS if record_path(folder, method, seeds[0]).exists()]
+    rows = f" --methods {' '.join([*METHODS, *extra])}" if extra else ""
     extras: dict[str, Any] = {
         "title": f"Fleet merging on Meta-World, preset {name}",
         "description": (
@@ -617,7 +619,7 @@ def publish(folder: Path, preset: Preset, name: str, seeds: Sequence[int], make_
             f"{preset.local_steps} gradient steps they send weights, which are merged into one policy for all tasks. "
             "Success is on goals that no demonstration showed; intervals are Wilson's, 95%."
         ),
-        "command": f"fleetgym bench fleet_merge --preset {name} --seeds {' '.join(map(str, seeds))}",
+        "command": f"fleetgym bench fleet_merge --preset {name} --seeds {' '.join(map(str, seeds))}{rows}",
     }
     if interpolated.exists():
         from fleetgym.core.files import read_json
