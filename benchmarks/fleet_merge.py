@@ -564,6 +564,11 @@ def _drain(futures: Sequence[Future], reports: Any, progress: _Progress) -> None
 # -- pictures ----------------------------------------------------------------------------------------------------------
 
 
+def merged_policy(folder: Path, seed: int) -> Path:
+    """Where the checkpoint of the policy merged in rounds lies."""
+    return folder / "training" / f"seed{seed}" / "fleet_merge_rounds" / "checkpoints" / "last"
+
+
 def film(folder: Path, preset: Preset, seed: int, max_steps: int = 120, tasks: int = 6) -> str | None:
     """Films the merged policy on several tasks, side by side.
 
@@ -582,8 +587,7 @@ def film(folder: Path, preset: Preset, seed: int, max_steps: int = 120, tasks: i
     if choose_gl() == "disable":
         print(f"no film: {NO_GL_HELP}")
         return None
-    checkpoint = folder / "training" / f"seed{seed}" / "fleet_merge_rounds" / "checkpoints" / "last"
-    policy = Checkpoint.load(checkpoint).module()
+    policy = Checkpoint.load(merged_policy(folder, seed)).module()
     worlds = suite("meta_world")
     names = preset.task_names[:tasks]
     films = []
@@ -603,7 +607,7 @@ def film(folder: Path, preset: Preset, seed: int, max_steps: int = 120, tasks: i
 
 
 def publish(folder: Path, preset: Preset, name: str, seeds: Sequence[int], make_film: bool = True) -> None:
-    """Writes ``extras.json``, the film and the leaderboard pages from what lies in the folder."""
+    """Writes ``extras.json``, the film, the merged policy and the leaderboard pages from what lies in the folder."""
     from fleetgym.benchmarks import leaderboard
 
     tasks = len(preset.task_names)
@@ -627,11 +631,15 @@ def publish(folder: Path, preset: Preset, name: str, seeds: Sequence[int], make_
         extras["interpolation"] = read_json(interpolated)
     if make_film:
         try:
-            extras["film"] = film(folder, preset, seeds[0])
+            extras["film"] = film(folder, preset, seeds[0]) if merged_policy(folder, seeds[0]).exists() else None
         except UserError as error:
             print(f"no film: {error}")
     if (folder / "film.mp4").exists():
         extras["film"] = "film.mp4"
+    trained = merged_policy(folder, seeds[0])
+    if trained.exists():
+        merged = Checkpoint.load(trained)
+        Checkpoint.save(folder / "policy", merged.module(), info=merged.info)
     write_json(folder / "extras.json", {key: value for key, value in extras.items() if value is not None})
     leaderboard.write(folder)
 
