@@ -106,7 +106,7 @@ class Preset:
 
 PRESETS = {
     "quick": Preset(),
-    "mt10": Preset(tasks="mt10", robots_per_task=2, hidden=128, rounds=150),
+    "mt10": Preset(tasks="mt10", robots_per_task=2, rounds=150),
     "mt50": Preset(tasks="mt50", robots_per_task=1, hidden=128, rounds=250, episodes=10, curve_episodes=2),
 }
 
