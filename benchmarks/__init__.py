@@ -11,4 +11,6 @@ BENCHMARKS: Registry[Any] = Registry("benchmark", group="fleetgym.benchmarks")
 """Name -> ``main(argv) -> int`` of the protocol."""
 
 BENCHMARKS.register("fleet_merge", "fleetgym.benchmarks.fleet_merge:main")
+BENCHMARKS.register("experts", "fleetgym.benchmarks.experts:main")
+BENCHMARKS.register("matching", "fleetgym.benchmarks.matching:main")
 BENCHMARKS.register("speed", "fleetgym.benchmarks.speed:main")

@@ -6,6 +6,7 @@ import pytest
 
 from fleetgym.benchmarks.fleet_merge import PRESETS
 from fleetgym.cli import main
+from fleetgym.core import EvalRecord
 
 
 def test_names(capsys):
@@ -28,3 +29,24 @@ def test_speed(tmp_path, capsys):
     assert "times as fast" in capsys.readouterr().out
     assert json.loads((tmp_path / "s.json").read_text())["results"]["fleet_training"]["ratio"] > 0
     assert main(["bench", "speed", "--only", "warp"]) == 2
+
+
+def test_experts(tmp_path, capsys):
+    words = ["bench", "experts", "--tasks", "reach-v3", "door-close-v3", "--episodes", "2", "--out", str(tmp_path)]
+    assert main(words) == 0
+    assert "2 tasks, 4 episodes" in capsys.readouterr().out
+    record = EvalRecord.load(tmp_path / "record.json")
+    assert record.per_task() == {"reach-v3": (2, 2), "door-close-v3": (2, 2)} and record.metrics["mean_success"] == 1
+    assert main(["bench", "experts", "--tasks", "reach-v4"]) == 2
+    assert "nearest: 'reach-v3'" in capsys.readouterr().err
+
+
+def test_matching(tmp_path, capsys):
+    words = ["--matchers", "frank_wolfe", "lap", "--cells", "rnn", "--hidden", "16", "--noise", "0.5", "--seeds", "2"]
+    assert main(["bench", "matching", *words, "--out", str(tmp_path)]) == 0
+    assert "2 pairs of each" in capsys.readouterr().out
+    rows = json.loads((tmp_path / "results.json").read_text())["rows"]
+    drop = {row["matcher"]: row["drop"] for row in rows if row["kind"] == "independent"}
+    assert drop["frank_wolfe"] >= drop["lap"] > 0.05
+    assert [row["units_right"] for row in rows if row["kind"] == "planted"] == [1.0, 1.0]
+    assert main(["bench", "matching", "--matchers", "lapp"]) == 2
