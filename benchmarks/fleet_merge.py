@@ -17,6 +17,7 @@ number by number: its hyper-parameters are not public. The protocol is ours and 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import os
 import queue
 import time
@@ -26,6 +27,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import gymnasium as gym
 import numpy as np
 import torch
 
@@ -153,6 +155,13 @@ class Job:
     """Seconds of work that a kill may cost."""
 
 
+class _Lasting(gym.Wrapper):
+    """An environment that stays open when an evaluation closes it; it goes with its process."""
+
+    def close(self) -> None:
+        """Does nothing."""
+
+
 class Fleet:
     """The robots of one seed: tasks, demonstrations, initial policies."""
 
@@ -162,6 +171,7 @@ class Fleet:
         self.tasks = list(preset.task_names)
         self.robots = [task for task in self.tasks for _ in range(preset.robots_per_task)]
         """The task of each robot."""
+        self._worlds: dict[str, gym.Env] = {}
         self.data: list[SequenceBatch] = []
         for k, task in enumerate(self.tasks):
             episodes = Demonstrations.load(demonstrations_path(folder, seed, task))
@@ -181,6 +191,13 @@ class Fleet:
         one_hot = torch.zeros(*batch.mask.shape, len(self.tasks))
         one_hot[..., k] = batch.mask.float()
         return dataclasses.replace(batch, observations=torch.cat([batch.observations, one_hot], -1))
+
+    def _world(self, task: str) -> gym.Env:
+        """The evaluation environment of a task, made once: making one costs more than an episode in it."""
+        if task not in self._worlds:
+            made = self.suite.make(task, goals="held_out", task_set=self.tasks)
+            self._worlds[task] = _Lasting(made)
+        return self._worlds[task]
 
     @property
     def data_bytes(self) -> int:
@@ -209,7 +226,7 @@ class Fleet:
         records = [
             evaluate(
                 policy,
-                self.suite.make_fn(task, goals="held_out", task_set=self.tasks),
+                functools.partial(self._world, task),
                 range(first_seed, first_seed + episodes),
                 task=task,
                 max_steps=self.preset.max_steps,
@@ -615,8 +632,12 @@ def publish(folder: Path, preset: Preset, name: str, seeds: Sequence[int], make_
     interpolated = folder / "training" / f"seed{seeds[0]}" / "alone" / "interpolation.json"
     extra = [method for method in ABLATIONS if record_path(folder, method, seeds[0]).exists()]
     rows = f" --methods {' '.join([*METHODS, *extra])}" if extra else ""
+    usual = dataclasses.asdict(PRESETS[name])
+    changed = [f"{key}={value}" for key, value in dataclasses.asdict(preset).items() if value != usual[key]]
+    if changed:
+        rows += f" --override {' '.join(changed)}"
     extras: dict[str, Any] = {
-        "title": f"Fleet merging on Meta-World, preset {name}",
+        "title": f"Fleet merging on Meta-World, preset {name}{', changed' if changed else ''}",
         "description": (
             f"{robots} robots on {tasks} tasks, each with {preset.demonstrations} demonstrations "
             "of one task and random initial weights of its own, never share data: every "

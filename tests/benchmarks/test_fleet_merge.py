@@ -51,7 +51,7 @@ def outcome(folder, method):
 def test_every_row_and_the_pages(folder):
     for kind in ("alone", "average_rounds", "fleet_merge_rounds", "joint"):
         fleet_merge.run_job(Job(kind, 0, TINY, str(folder)), silent)
-    fleet_merge.publish(folder, TINY, "tiny", [0], make_film=False)
+    fleet_merge.publish(folder, TINY, "quick", [0], make_film=False)
     rows = {row["method"]: row for row in json.loads((folder / "leaderboard.json").read_text())}
     assert set(rows) == set(METHODS)
     keys = {"method", "success", "low", "high", "worst_task", "bytes_sent", "cpu_seconds", "seeds"}
@@ -62,6 +62,7 @@ def test_every_row_and_the_pages(folder):
     assert rows["fleet_merge_once"]["bytes_sent"] == statistics + 4 * parameters
     assert rows["alone_own"]["bytes_sent"] == statistics
     extras = json.loads((folder / "extras.json").read_text())
+    assert "--override tasks=reach-v3,door-close-v3 robots_per_task=2" in extras["command"]
     assert [len(series["loss"]) for series in extras["interpolation"]["series"]] == [11, 11]
     assert (folder / "leaderboard.html").stat().st_size > 10_000
     merged = EvalRecord.load(fleet_merge.record_path(folder, "fleet_merge_rounds", 0))
