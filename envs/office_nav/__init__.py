@@ -1,0 +1,1 @@
+"""OfficeNav: the office that an agent must learn to read."""
