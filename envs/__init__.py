@@ -25,3 +25,14 @@ def register_envs() -> None:
     for name in ("MT10", "MT50"):
         if f"MetaWorld/{name}" not in registry:
             register(f"MetaWorld/{name}", vector_entry_point=f"fleetgym.envs.meta_world.vector:{name.lower()}")
+
+    from fleetgym.envs.office_nav.suite import INSTRUCTIONS
+
+    for name in INSTRUCTIONS:
+        if name not in registry:
+            register(
+                name,
+                entry_point="fleetgym.envs.office_nav.env:OfficeNavEnv",
+                vector_entry_point="fleetgym.envs.office_nav.vector:make_vec",
+                kwargs={"variant": name},
+            )

@@ -280,10 +280,8 @@ def tables(variant: Variant) -> Tables:
         from fleetgym.envs.office_nav import signs
 
         for name in splits:
-            held_out = name == "style"
-            styles[SPLITS.index(name)] = np.asarray(
-                signs.HELD_OUT_STYLES if held_out else signs.TRAIN_STYLES, dtype=np.int64
-            )
+            drawn = signs.picture_styles(layouts[layout_of[SPLITS.index(name)]].name)
+            styles[SPLITS.index(name)] = drawn.indices("style" if name == "style" else "train").astype(np.int64)
     return Tables(
         variant=variant,
         layouts=layouts,
