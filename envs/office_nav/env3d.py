@@ -1,0 +1,804 @@
+"""``OfficeNav3D-v0``: the office that must be read, seen with one's own eyes.
+
+Geometry, actions, horizon and reward follow the released 3D office (``envs/miniworld/office.py`` of
+``ezliu/emergent_language``), which does not run any more: it needs a deprecated OpenGL package and meshes that never
+were published. Pictures are made by ``raycast`` instead.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import operator
+import textwrap
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import gymnasium as gym
+import numba
+import numpy as np
+from gymnasium import spaces
+from gymnasium.vector import AutoresetMode, VectorEnv
+from gymnasium.vector.utils import batch_space
+
+from fleetgym.core.errors import UserError, unknown
+from fleetgym.envs.office_nav import glyphs, raycast
+from fleetgym.envs.office_nav.raycast import blocked, draw, segment_distance2
+from fleetgym.envs.office_nav.rng import SIGN, TASK, UNIT, bits, pick, top24
+
+HORIZON = 30
+EPISODES = 2
+OFFICES = 4
+ACTIONS = ("left", "right", "forward", "open")
+LEFT, RIGHT, FORWARD, OPEN = range(4)
+TURN, STRIDE = math.pi / 6, 0.7
+#: Radius of the agent, and half the side of a coloured box, metres.
+RADIUS, CRATE = 0.4, 0.4
+#: From the blue box's middle, metres: both radii and 1.1 steps, as in Miniworld's ``near``.
+NEAR = RADIUS + CRATE * math.sqrt(2.0) + 1.1 * STRIDE
+#: Doors that are closer than this are opened, metres.
+REACH = 1.6
+SPLITS = ("train", "test", "phrases", "layout", "style")
+#: Interiors: of the training buildings, of the held-out buildings, and of the held-out style.
+TRAIN_LOOKS, TEST_LOOKS, STYLE_LOOKS = 50, 10, 10
+TRAIN_TASKS, TEST_TASKS = OFFICES * TRAIN_LOOKS, OFFICES * TEST_LOOKS
+RELEASED_TASKS = 3
+ORDINALS = ("first", "second", "third", "fourth")
+#: All phrases, and the index of the office that each means.
+PHRASES = (
+    *((f"{ordinal} room", index) for index, ordinal in enumerate(ORDINALS)),
+    *((f"left of {ORDINALS[index + 1]} room", index) for index in range(OFFICES - 1)),
+    *((f"right of {ORDINALS[index - 1]} room", index) for index in range(1, OFFICES)),
+)
+HELD_OUT = "right of second room"
+COLOURS = ("blue", "green", "grey", "purple", "red", "yellow")
+_RGB = {
+    "blue": (40, 70, 235),
+    "green": (40, 190, 60),
+    "grey": (150, 150, 150),
+    "purple": (150, 50, 200),
+    "red": (225, 35, 35),
+    "yellow": (235, 215, 50),
+}
+
+STATE = np.dtype(
+    [
+        *((name, np.uint64) for name in ("seed",)),
+        *((name, np.int64) for name in ("trial", "episode", "split", "task", "goal", "look", "layout", "phrase")),
+        *((name, np.int64) for name in ("doors", "steps", "running")),
+        *((name, np.float64) for name in ("x", "z", "heading")),
+        ("turns", np.float64, (OFFICES,)),
+    ]
+)
+
+
+def resolve(phrase: str) -> int:
+    """The office that a phrase means: 0 is the first, leftmost as one faces them.
+
+    Raises:
+        UserError: Not one of ``PHRASES``.
+    """
+    meanings = dict(PHRASES)
+    if phrase not in meanings:
+        raise unknown("phrase", phrase, meanings)
+    return meanings[phrase]
+
+
+# ---------------------------------------------------------------------------------------------------- the building
+
+
+def _scene(shifted: bool, desk: int, couch: int, chair: int) -> raycast.Scene:
+    """The released floor plan; ``shifted`` is the held-out one, its sign door and furniture elsewhere."""
+    door, board = ((4.0, 8.0), 6.0) if not shifted else ((5.9, 9.9), 7.6)
+    rects = [(3.6, 9.6, 0.0, 12.0, 0), (9.6, 10.8, *door, 0), (10.8, 18.6, 0.0, 12.0, 2)]
+    links = [(0, 1, 1, *door, -1), (1, 2, 1, *door, OFFICES)]
+    middle, half = 0.5 * (door[0] + door[1]), 0.5 * (door[1] - door[0])
+    leaves = [(2, 0, door[0], door[0] - half, OFFICES), (2, 0, door[1], door[1] + half, OFFICES)]
+    assert middle + 2 * half <= 12.0
+    for office in range(OFFICES):
+        centre, opening = office_centre(office)[1], 2.4 * 3 / 7
+        low, high, first = centre - opening, centre + opening, len(rects)
+        rects += [(3.4, 3.6, low, high, 0), (2.4, 3.4, low, high, 1), (0.0, 2.4, centre - 1.2, centre + 1.2, 1)]
+        links += [(0, first, 0, low, high, -1), (first, first + 1, 0, low, high, office)]
+        links += [(first + 1, first + 2, 0, low, high, -1)]
+        leaves += [(first + 1, side, 3.4, 2.4, office) for side in (2, 3)]
+    pieces = [
+        ((8.2, 11.2), 1.0, 0.45, 0.62, 0.78, desk),
+        ((7.35, 11.2), 0.08, 0.4, 0.0, 0.62, desk),
+        ((9.05, 11.2), 0.08, 0.4, 0.0, 0.62, desk),
+        ((8.2, 10.05), 0.3, 0.3, 0.0, 0.5, chair),
+        ((8.2, 9.75), 0.3, 0.06, 0.5, 1.15, chair),
+        ((8.6, 1.3), 0.9, 0.4, 0.0, 0.45, couch),
+        ((8.6, 0.85), 0.9, 0.12, 0.45, 1.0, couch),
+    ]
+    if shifted:  # turned upside down on the plan
+        pieces = [((13.2 - x - 0.4, 12.0 - z), *rest) for (x, z), *rest in pieces]
+    furniture = [(*at, half_x, half_z, low, high, 0, texture) for at, half_x, half_z, low, high, texture in pieces]
+    return raycast.build_scene(rects, links, leaves, furniture, (2, board - 4.2, board + 4.2, 0.05, 2.69))
+
+
+def office_centre(office: int) -> tuple[float, float]:
+    """Where an office's box stands, (x, z) in metres; the first office has the greatest z."""
+    return 1.2, 3.0 * (OFFICES - 1 - office) + 1.2
+
+
+def sign_bitmap(phrase: str) -> np.ndarray:
+    """A sign's pixels [22, 70], uint8: the phrase, wrapped at 12 characters, black on white in a frame."""
+    bitmap = np.full((22, 70), 255, np.uint8)
+    bitmap[[0, -1]] = 60
+    bitmap[:, [0, -1]] = 60
+    lines = textwrap.wrap(phrase, 12, break_long_words=False)
+    top = (22 - glyphs.LINE * len(lines)) // 2 + 1
+    for index, line in enumerate(lines):
+        ink = glyphs.line_bitmap(line)
+        y, x = top + glyphs.LINE * index, (71 - ink.shape[1]) // 2
+        bitmap[y : y + ink.shape[0], x : x + ink.shape[1]][ink] = 0
+    return bitmap
+
+
+@dataclass(frozen=True, eq=False)
+class World:
+    """All that is looked up: the same for all environments.
+
+    Attributes:
+        scenes: The released floor plan and the held-out one.
+        textures: See ``raycast.pyramid``.
+        signs: See ``raycast.sign_tables``; a sign a phrase.
+        looks: [looks, 6] textures of the middle room, offices, sign room, floor, ceiling and doors.
+        crates: [looks, 4] textures of the goal's box and of the three others.
+        starts: [2, 4] x from, to, z from, to of the start on each floor plan.
+        names: The names of the textures.
+    """
+
+    scenes: tuple[raycast.Scene, raycast.Scene]
+    textures: np.ndarray
+    signs: np.ndarray
+    looks: np.ndarray
+    crates: np.ndarray
+    starts: np.ndarray
+    names: tuple[str, ...]
+
+
+@functools.cache
+def world() -> World:
+    """The world, built once a process."""
+    pictures: dict[str, np.ndarray] = {}
+    groups: dict[str, list[int]] = {}
+
+    def add(group: str, kind: Any, tints: dict[str, tuple[float, float, float]]) -> None:
+        for name, tint in tints.items():
+            groups.setdefault(group, []).append(len(pictures))
+            pictures[f"{name} {kind.__name__}"] = kind(tint)
+
+    add(
+        "wall",
+        raycast.plaster,
+        {
+            "green": (150, 190, 140),
+            "sand": (222, 202, 160),
+            "white": (232, 230, 224),
+            "sky": (160, 194, 216),
+            "rose": (220, 172, 166),
+        },
+    )
+    add("wall", raycast.brick, {"red": (176, 84, 62), "brown": (140, 104, 80), "pale": (206, 176, 140)})
+    add("wall", raycast.planks, {"oak": (186, 142, 94), "walnut": (118, 82, 56)})
+    add("style wall", raycast.stripes, {"teal": (96, 170, 170), "violet": (178, 150, 206), "lemon": (228, 220, 130)})
+    add("floor", raycast.floor_boards, {"pine": (200, 160, 108), "mahogany": (150, 96, 66), "ash": (176, 166, 150)})
+    add("floor", raycast.carpet, {"slate": (96, 108, 124), "moss": (98, 120, 84)})
+    add("style floor", raycast.carpet, {"wine": (130, 60, 76), "navy": (60, 72, 130)})
+    add("ceiling", raycast.ceiling_tiles, {"white": (214, 214, 208), "cream": (212, 204, 184)})
+    add("door", raycast.door_leaf, {"brown": (140, 90, 52), "dark": (96, 66, 48), "light": (196, 156, 108)})
+    add("crate", raycast.painted, _RGB)
+    add("desk", raycast.planks, {"desk": (170, 112, 66)})
+    add("couch", raycast.carpet, {"couch": (70, 96, 150)})
+    add("chair", raycast.carpet, {"chair": (64, 64, 70)})
+
+    names = list(pictures)
+    crate = {name: names.index(f"{name} painted") for name in COLOURS}
+    look = [names.index(f"{name}") for name in ("green plaster", "red brick", "green plaster")]
+    look += [groups["floor"][0], groups["ceiling"][0], groups["door"][0]]
+    looks, boxes = [tuple(look)], [(crate["blue"], *[crate["red"]] * 3)]
+    seen = {looks[0] + boxes[0]}
+    number = 0
+    while len(looks) < TRAIN_LOOKS + TEST_LOOKS + STYLE_LOOKS:
+        random, style = np.random.RandomState(number), len(looks) >= TRAIN_LOOKS + TEST_LOOKS
+        number += 1
+        of = {"wall": "style wall", "floor": "style floor"} if style else {}
+        look = tuple(
+            int(random.choice(groups[of.get(group, group)]))
+            for group in ("wall", "wall", "wall", "floor", "ceiling", "door")
+        )
+        box = (crate["blue"], *(crate[COLOURS[random.randint(1, len(COLOURS))]] for _ in range(OFFICES - 1)))
+        if look + box not in seen:
+            seen.add(look + box)
+            looks.append(look)
+            boxes.append(box)
+    pieces = (groups["desk"][0], groups["couch"][0], groups["chair"][0])
+    return World(
+        scenes=(_scene(False, *pieces), _scene(True, *pieces)),
+        textures=raycast.pyramid(list(pictures.values())),
+        signs=raycast.sign_tables(np.stack([*(sign_bitmap(phrase) for phrase, _ in PHRASES), sign_bitmap("")])),
+        looks=np.array(looks, np.int64),
+        crates=np.array(boxes, np.int64),
+        starts=np.array([[6.0, 9.0, 4.0, 6.0], [6.0, 9.0, 6.0, 8.0]]),
+        names=tuple(names),
+    )
+
+
+@functools.cache
+def phrase_table(split: str = "train") -> np.ndarray:
+    """How likely each phrase is, by goal: cumulative, [4, phrases], units of 2^-24.
+
+    Half of the draws are direct, half name a neighbour (either as likely), as released; conditioned on the split:
+    ``"phrases"`` has only ``HELD_OUT``, ``"all"`` has everything (the released rule), the others all but ``HELD_OUT``.
+    """
+    weights = np.zeros((OFFICES, len(PHRASES)))
+    for index, (phrase, goal) in enumerate(PHRASES):
+        neighbours = 1 if goal in (0, OFFICES - 1) else 2
+        weight = 0.5 if index < OFFICES else 0.5 / neighbours
+        if split == "all" or (phrase == HELD_OUT) == (split == "phrases"):
+            weights[goal, index] = weight
+    total = weights.sum(1, keepdims=True)
+    return np.rint(UNIT * np.cumsum(weights, 1) / np.where(total > 0, total, 1)).astype(np.int64)
+
+
+# ---------------------------------------------------------------------------------------------------- the rules
+
+
+@numba.njit(cache=True)
+def _picture(frame, one, scene, textures, signs, looks, crate_textures):
+    crates = np.empty((OFFICES, 8))
+    other = 1
+    for office in range(OFFICES):
+        crates[office, 0], crates[office, 1] = 1.2, 3.0 * (OFFICES - 1 - office) + 1.2
+        crates[office, 2], crates[office, 5] = CRATE, 2 * CRATE
+        crates[office, 3], crates[office, 4] = math.cos(one.turns[office]), math.sin(one.turns[office])
+        crates[office, 6] = 5 + 3 * office
+        if office == one.goal:
+            crates[office, 7] = crate_textures[one.look, 0]
+        else:
+            crates[office, 7] = crate_textures[one.look, other]
+            other += 1
+    look = looks[one.look]
+    draw(
+        frame, scene, one.x, one.z, one.heading, one.doors, look[:3], look[3], look[4], look[5], crates, textures,
+        signs[one.phrase],
+    )  # fmt: skip
+
+
+@numba.njit(cache=True)
+def _pictures(frames, state, which, scenes, textures, signs, looks, crate_textures):
+    """Draws the frames of the environments for which ``which`` is true."""
+    for index in range(state.shape[0]):
+        if which[index]:
+            one = state[index]
+            _picture(frames[index], one, scenes[one.layout], textures, signs, looks, crate_textures)
+
+
+@numba.njit(cache=True)
+def _move(one, scene, action):
+    """One step of one environment; returns whether the blue box is reached."""
+    if action == LEFT:
+        one.heading += TURN
+    elif action == RIGHT:
+        one.heading -= TURN
+    elif action == FORWARD:
+        x, z = one.x + STRIDE * math.cos(one.heading), one.z - STRIDE * math.sin(one.heading)
+        free = not blocked(scene, x, z, RADIUS, one.doors)
+        for office in range(OFFICES):
+            dx, dz = x - 1.2, z - (3.0 * (OFFICES - 1 - office) + 1.2)
+            if dx * dx + dz * dz < (RADIUS + CRATE * math.sqrt(2.0)) ** 2:
+                free = False
+        if free:
+            one.x, one.z = x, z
+    else:
+        for door in range(scene.doors.shape[0]):
+            if segment_distance2(one.x, one.z, scene.doors[door]) < REACH * REACH:
+                one.doors |= 1 << door
+    one.steps += 1
+    dx, dz = one.x - 1.2, one.z - (3.0 * (OFFICES - 1 - one.goal) + 1.2)
+    return dx * dx + dz * dz < NEAR * NEAR
+
+
+@numba.njit(cache=True)
+def _advance(
+    frames, state, actions, stepping, scenes, textures, signs, looks, crates, horizon, reward, terminated, truncated
+):
+    """Steps the environments for which ``stepping`` is true, and draws all; the others get reward 0 and no end."""
+    for index in range(state.shape[0]):
+        one = state[index]
+        reward[index], terminated[index], truncated[index] = 0.0, False, False
+        if stepping[index]:
+            if _move(one, scenes[one.layout], actions[index]):
+                reward[index], terminated[index] = 1.0, True
+            truncated[index] = one.steps >= horizon and not terminated[index]
+            one.running = 0 if terminated[index] or truncated[index] else 1
+        _picture(frames[index], one, scenes[one.layout], textures, signs, looks, crates)
+
+
+class _Trials:
+    """The states of n environments and all that happens to them; the single environment is n = 1 of the same code."""
+
+    def __init__(self, num_envs: int, split: str, released: bool, horizon: int, phrase: str | None) -> None:
+        if isinstance(horizon, bool) or not isinstance(horizon, (int, np.integer)) or horizon < 1:
+            raise UserError(f"horizon is {horizon!r}; an episode has at least one step")
+        self.released, self.horizon = bool(released), int(horizon)
+        self.fixed_phrase = None
+        if phrase is not None:
+            if phrase:
+                resolve(phrase)
+            self.fixed_phrase = _TEXTS.index(phrase)
+        self.state = np.zeros(num_envs, STATE)
+        self.state["split"] = self.split_number(split)
+        self.seeded = np.zeros(num_envs, bool)
+        self._use(world())
+
+    def _use(self, here: World) -> None:
+        self._tables = (here.scenes, here.textures, here.signs, here.looks, here.crates)
+
+    def split_number(self, split: Any) -> int:
+        """The number of a split; an unknown one is an error that names all."""
+        allowed = SPLITS[:2] if self.released else SPLITS
+        if split not in allowed:
+            raise UserError(f"unknown split {split!r}; the splits are {', '.join(allowed)}")
+        return SPLITS.index(split)
+
+    def pool(self, split: int) -> np.ndarray:
+        """The task ids of a split."""
+        if self.released:
+            return np.arange(RELEASED_TASKS)
+        if SPLITS[split] == "train":
+            return np.arange(TRAIN_TASKS)
+        held_out = np.arange(TRAIN_TASKS, TRAIN_TASKS + TEST_TASKS)
+        return held_out[held_out % OFFICES == resolve(HELD_OUT)] if SPLITS[split] == "phrases" else held_out
+
+    def choice(self, options: dict[str, Any] | None) -> tuple[int | None, int | None, bool | None]:
+        """Task id, split and whether a new trial is wanted, from the options of ``reset``."""
+        options = dict(options or {})
+        task, split, new = (options.pop(name, None) for name in ("task_id", "split", "new_trial"))
+        if options:
+            raise UserError(f"unknown option {next(iter(options))!r} of reset; it takes task_id, split, new_trial")
+        split = None if split is None else self.split_number(split)
+        if task is None:
+            return None, split, new
+        total = RELEASED_TASKS if self.released else TRAIN_TASKS + TEST_TASKS
+        if isinstance(task, (bool, np.bool_)) or not isinstance(task, (int, np.integer)) or not 0 <= task < total:
+            raise UserError(f"task_id is {task!r}; it is an integer from 0 to {total - 1}")
+        if split is None and not all(task in self.pool(int(own)) for own in np.unique(self.state["split"])):
+            split = 0 if task in self.pool(0) else 1
+        if split is not None and task not in (pool := self.pool(split)):
+            raise UserError(f"task_id {task} is not in split {SPLITS[split]!r}, which has {_ranges(pool)}")
+        return int(task), split, new
+
+    def begin(
+        self,
+        which: np.ndarray,
+        seeds: Sequence[int | None] | None = None,
+        task: int | None = None,
+        split: int | None = None,
+        new: bool | None = None,
+    ) -> None:
+        """Begins the next episode of some environments: of the same trial if it has one left, else of a new one."""
+        state, index = self.state, np.flatnonzero(which)
+        seeded = np.array([seeds is not None and seeds[one] is not None for one in index], bool)
+        played = state["episode"][index]
+        over = played >= EPISODES
+        if task is not None:
+            over |= state["task"][index] != task
+        if split is not None:
+            over |= state["split"][index] != split
+        if new is False and np.any(over | seeded | (played == 0)):
+            raise UserError(
+                "new_trial=False, but there is no trial to go on with: it has had its two episodes, was never begun, "
+                "or the seed, task_id or split is another; leave new_trial out, or say True"
+            )
+        over |= bool(new)
+        state["trial"][index[over & (played > 0)]] += 1
+        for one in index[seeded]:
+            state["seed"][one], state["trial"][one], self.seeded[one] = int(seeds[one]) % (1 << 64), 0, True
+        if split is not None:
+            state["split"][index] = split
+        made = index[over | seeded | (played == 0)]
+        state["episode"][made] = 0
+        if task is not None:
+            state["task"][made] = task
+        else:
+            for number in np.unique(state["split"][made]):
+                of = made[state["split"][made] == number]
+                pool = self.pool(int(number))
+                state["task"][of] = pool[pick(self._bits(of, 0, TASK), len(pool))]
+        state["goal"][made] = state["task"][made] % OFFICES
+        look = state["task"][made] // OFFICES
+        styled = state["split"][made] == SPLITS.index("style")
+        state["look"][made] = np.where(styled, TRAIN_LOOKS + TEST_LOOKS + look % STYLE_LOOKS, look)
+        state["layout"][made] = state["split"][made] == SPLITS.index("layout")
+
+        state["episode"][index] += 1
+        episode = state["episode"][index].astype(np.uint64)
+        drawn = top24(self._bits(index, episode, SIGN))
+        for number in np.unique(state["split"][index]):
+            of = state["split"][index] == number
+            table = phrase_table("all" if self.released else SPLITS[number])[state["goal"][index[of]]]
+            state["phrase"][index[of]] = (table > drawn[of, None]).argmax(1)
+        if self.fixed_phrase is not None:
+            state["phrase"][index] = self.fixed_phrase
+        starts = world().starts[state["layout"][index]]
+        unit = [self._bits(index, episode, SIGN + 1 + place) / 2.0**32 for place in range(3 + OFFICES)]
+        state["x"][index] = starts[:, 0] + unit[0] * (starts[:, 1] - starts[:, 0])
+        state["z"][index] = starts[:, 2] + unit[1] * (starts[:, 3] - starts[:, 2])
+        state["heading"][index] = 2.0 * math.pi * unit[2]
+        state["turns"][index] = 2.0 * math.pi * np.stack(unit[3:], 1)
+        state["doors"][index], state["steps"][index], state["running"][index] = 0, 0, 1
+
+    def _bits(self, index: np.ndarray, episode: Any, place: int) -> np.ndarray:
+        return bits(self.state["seed"][index], self.state["trial"][index], episode, place)
+
+    def draw(self, frames: np.ndarray, which: np.ndarray) -> None:
+        """Draws the frames [n, height, width, 3] of those for which ``which`` is true."""
+        _pictures(frames, self.state, which, *self._tables)
+
+    def advance(self, frames: np.ndarray, actions: np.ndarray, stepping: np.ndarray) -> tuple[np.ndarray, ...]:
+        """Steps those for which ``stepping`` is true and draws all; reward, terminated, truncated."""
+        size = len(self.state)
+        ends = np.empty(size), np.empty(size, bool), np.empty(size, bool)
+        _advance(frames, self.state, actions, stepping, *self._tables, self.horizon, *ends)
+        return ends
+
+    def overview(self, index: int, scale: int = 16) -> np.ndarray:
+        """The building from above with the agent, RGB [12 * scale, 18.6 * scale, 3]."""
+        one = self.state[index]
+        scene = world().scenes[one["layout"]]
+        height, width = 12 * scale, int(18.6 * scale)
+        picture = np.full((height, width, 3), 60, np.uint8)
+
+        def fill(x0: float, x1: float, z0: float, z1: float, colour: tuple[int, int, int]) -> None:
+            rows = slice(max(0, round(z0 * scale)), round(z1 * scale))
+            picture[rows, max(0, round(x0 * scale)) : round(x1 * scale)] = colour
+
+        for rect in scene.rects:
+            fill(*rect, (214, 202, 178))
+        for piece in scene.furniture:
+            fill(piece[0] - piece[2], piece[0] + piece[2], piece[1] - piece[3], piece[1] + piece[3], (120, 100, 84))
+        fill(18.45, 18.6, scene.sign[1], scene.sign[2], (255, 255, 255))
+        for door, (x0, z0, x1, z1) in enumerate(scene.doors):
+            if not (one["doors"] >> door) & 1:
+                fill(x0 - 0.1, x1 + 0.1, z0, z1, (140, 90, 52))
+        names, boxes = iter(world().crates[one["look"], 1:]), {}
+        for office in range(OFFICES):
+            texture = world().crates[one["look"], 0] if office == one["goal"] else next(names)
+            boxes[office] = world().textures[texture, -1]
+            x, z = office_centre(office)
+            fill(x - CRATE, x + CRATE, z - CRATE, z + CRATE, tuple(boxes[office]))
+        z, x = (np.indices((height, width)) + 0.5) / scale
+        ahead = (x - one["x"]) * math.cos(one["heading"]) - (z - one["z"]) * math.sin(one["heading"])
+        aside = (x - one["x"]) * math.sin(one["heading"]) + (z - one["z"]) * math.cos(one["heading"])
+        picture[(ahead > -RADIUS) & (ahead < RADIUS) & (np.abs(aside) < 0.5 * (RADIUS - ahead))] = (220, 30, 30)
+        return picture
+
+    def render(self, index: int) -> np.ndarray:
+        """The view four times as fine beside the building from above, RGB [240, 692, 3]."""
+        frame = np.zeros((1, 4 * raycast.HEIGHT, 4 * raycast.WIDTH, 3), np.uint8)
+        _pictures(frame, self.state[index : index + 1], np.ones(1, bool), *self._tables)
+        return np.concatenate([frame[0], self.overview(index, 20)], 1)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {key: value for key, value in self.__dict__.items() if key != "_tables"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._use(world())
+
+
+_TEXTS = (*(phrase for phrase, _ in PHRASES), "")
+
+
+def _ranges(pool: np.ndarray) -> str:
+    if pool[-1] - pool[0] == len(pool) - 1:
+        return f"{pool[0]} to {pool[-1]}"
+    return ", ".join(map(str, pool))
+
+
+def _wrong_action(action: Any) -> UserError:
+    names = ", ".join(f"{index} {name}" for index, name in enumerate(ACTIONS))
+    return UserError(f"the action is {action!r}; it is one of {names}")
+
+
+class OfficeNav3DEnv(gym.Env):
+    """Four offices, a blue box in one of them, and a sign in the next room that says in which.
+
+    ## Task
+
+    A trial is two episodes in the same building. The agent stands in the middle room. On its left (west) are the doors
+    of four offices, the first on the left as one faces them; in the east a door leads to the sign room, on whose far
+    wall hangs a sign with large letters. The blue box stands in one office, boxes of other colours in the others.
+
+    ## Observation
+
+    `Box(0, 255, (60, 80, 3), uint8)`: what the agent sees, RGB, 60 degrees high. The sign is part of the picture and
+    can be read from about six metres.
+
+    ## Action
+
+    `Discrete(4)`: 0 turn left by 30 degrees, 1 turn right by 30 degrees, 2 go forward by 0.7 m (not at all where the
+    agent, 0.4 m in radius, would touch something), 3 open all doors within 1.6 m.
+
+    ## Reward
+
+    1 when the agent comes within 1.74 m of the middle of the blue box, else 0. Other boxes do nothing.
+
+    ## Termination and truncation
+
+    `terminated` at the blue box, `truncated` at step `horizon` (30).
+
+    ## Trial
+
+    `reset()` goes on with the second episode of the trial, in the same building with doors closed, a start and a phrase
+    drawn anew; after that it begins a new trial. `reset(seed=...)` begins a new trial. So does another task id or split
+    than the current one, or `options={"new_trial": True}`; `False` insists on going on and is an error where there is
+    nothing to go on with. A split stays chosen until another is; a task id is for one trial.
+
+    `info` has `trial` (from 0), `episode` (1 or 2), `task_id`, `phrase`, `goal` (the office, from 0) and `success`.
+
+    ## Tasks and splits
+
+    A task id is `4 * look + goal`. A look is the material of walls, floor and ceiling and the colours of the other
+    boxes; look 0 is the released one (green plaster, brick offices, red boxes).
+
+    | split | buildings | what else |
+    |---|---|---|
+    | `train` | 0 to 199 | all phrases but "right of second room" |
+    | `test` | 200 to 239 | the same phrases |
+    | `phrases` | those of `test` with goal 2 | only "right of second room" |
+    | `layout` | 200 to 239 | the sign room's door, the sign, the furniture and the start elsewhere |
+    | `style` | 200 to 239 | wallpaper and carpets that no other split has |
+
+    `released=True` has the task ids 0 to 2 in `train` and `test` alike, and all phrases: the released code never uses
+    the fourth office.
+
+    ## Arguments
+
+    - `render_mode`: None or `"rgb_array"` (the view, four times as fine, beside the building from above).
+    - `split`: the split to begin with.
+    - `released`: tasks and phrases as released.
+    - `horizon`: steps after which an episode is truncated.
+    - `phrase`: what the sign says, whatever is true; `""` leaves it blank. For tests of whether an agent reads.
+
+    ## Differences from the released code
+
+    The sign hangs on the wall (x = 18.6) instead of in the air (x = 18); it is drawn with our own letters. Doors and
+    furniture are our own models, at the same places; doors are opened by their distance. Phrases and starts come from
+    the seed. The look 0 is like the released one; the others are ours.
+
+    ## Version history
+
+    - v0: first version.
+    """
+
+    metadata = {"render_modes": ["rgb_array"], "render_fps": 5}
+
+    def __init__(
+        self,
+        *,
+        render_mode: str | None = None,
+        split: str = "train",
+        released: bool = False,
+        horizon: int = HORIZON,
+        phrase: str | None = None,
+    ) -> None:
+        if render_mode is not None and render_mode not in self.metadata["render_modes"]:
+            raise unknown("render mode", render_mode, self.metadata["render_modes"])
+        self.render_mode = render_mode
+        self._trials = _Trials(1, split, released, horizon, phrase)
+        self._action, self._one = np.zeros(1, np.int64), np.ones(1, bool)
+        self.observation_space = spaces.Box(0, 255, (raycast.HEIGHT, raycast.WIDTH, 3), np.uint8)
+        self.action_space = spaces.Discrete(len(ACTIONS))
+
+    def reset(
+        self, *, seed: int | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[np.ndarray, dict[str, Any]]:
+        """Begins the next episode; see the class for which.
+
+        Args:
+            seed: Begins a new trial, the first of this seed.
+            options: ``task_id``, ``split`` and ``new_trial``, all optional.
+
+        Raises:
+            UserError: Unknown option, task id or split, or ``new_trial=False`` where no trial can go on.
+        """
+        task, split, new = self._trials.choice(options)
+        super().reset(seed=seed)
+        if seed is None and not self._trials.seeded[0]:
+            seed = int(self.np_random.integers(1 << 63))
+        self._trials.begin(self._one, [seed], task, split, new)
+        frame = np.empty((1, *self.observation_space.shape), np.uint8)
+        self._trials.draw(frame, self._one)
+        return frame[0], self._info(False)
+
+    def step(self, action: int) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
+        """Makes one step.
+
+        Raises:
+            UserError: Not an action.
+            gymnasium.error.ResetNeeded: The episode is over, or was never begun.
+        """
+        try:
+            self._action[0] = number = operator.index(action)
+        except (TypeError, OverflowError):
+            raise _wrong_action(action) from None
+        if not 0 <= number < len(ACTIONS) or isinstance(action, bool):
+            raise _wrong_action(action)
+        if not self._trials.state["running"][0]:
+            raise gym.error.ResetNeeded("no episode of OfficeNav3D is running; call reset()")
+        frame = np.empty((1, raycast.HEIGHT, raycast.WIDTH, 3), np.uint8)
+        reward, terminated, truncated = self._trials.advance(frame, self._action, self._one)
+        done = bool(terminated[0])
+        return frame[0], float(reward[0]), done, bool(truncated[0]), self._info(done)
+
+    def _info(self, success: bool) -> dict[str, Any]:
+        one = self._trials.state[0]
+        return {
+            "trial": int(one["trial"]),
+            "episode": int(one["episode"]),
+            "task_id": int(one["task"]),
+            "phrase": _TEXTS[one["phrase"]],
+            "goal": int(one["goal"]),
+            "success": success,
+        }
+
+    @property
+    def pose(self) -> tuple[float, float, float]:
+        """Where the agent is: x, z (metres) and heading (radians, 0 along +x, growing to the left)."""
+        return tuple(float(self._trials.state[name][0]) for name in ("x", "z", "heading"))
+
+    def render(self) -> np.ndarray | None:
+        """The view beside the building from above, RGB [240, 692, 3]; None without ``render_mode="rgb_array"``."""
+        if self.render_mode is None:
+            gym.logger.warn('render() needs gym.make(..., render_mode="rgb_array")')
+            return None
+        return self._trials.render(0)
+
+
+class OfficeNav3DVectorEnv(VectorEnv):
+    """Many ``OfficeNav3DEnv`` in one process; environment ``i`` plays what a single one with its seed would.
+
+    ``infos`` have the same entries as arrays [num_envs], but ``phrase_id`` (index into ``PHRASES``) for ``phrase``.
+    All three autoreset modes are there: after an episode's end the next one begins in the next step (its action is
+    ignored, the default), in the same step (``final_obs`` and ``final_info`` tell how the last one ended), or by
+    ``reset(options={"reset_mask": mask})``.
+    """
+
+    metadata = {"render_modes": ["rgb_array"], "render_fps": 5}
+
+    def __init__(
+        self,
+        num_envs: int = 1,
+        *,
+        autoreset_mode: AutoresetMode | str = AutoresetMode.NEXT_STEP,
+        render_mode: str | None = None,
+        split: str = "train",
+        released: bool = False,
+        horizon: int = HORIZON,
+        phrase: str | None = None,
+    ) -> None:
+        if isinstance(num_envs, bool) or not isinstance(num_envs, (int, np.integer)) or num_envs < 1:
+            raise UserError(f"num_envs is {num_envs!r}; at least one is needed")
+        if not isinstance(autoreset_mode, AutoresetMode):
+            modes = {key: mode for mode in AutoresetMode for key in (mode.name.lower(), mode.value.lower())}
+            if str(autoreset_mode).lower() not in modes:
+                raise unknown("autoreset mode", autoreset_mode, [mode.name.lower() for mode in AutoresetMode])
+            autoreset_mode = modes[str(autoreset_mode).lower()]
+        if render_mode is not None and render_mode not in self.metadata["render_modes"]:
+            raise unknown("render mode", render_mode, self.metadata["render_modes"])
+        self.num_envs, self.render_mode, self.autoreset_mode = int(num_envs), render_mode, autoreset_mode
+        self.metadata = {**self.metadata, "autoreset_mode": autoreset_mode}
+        self._trials = _Trials(self.num_envs, split, released, horizon, phrase)
+        self._over = np.zeros(self.num_envs, bool)
+        self.single_observation_space = spaces.Box(0, 255, (raycast.HEIGHT, raycast.WIDTH, 3), np.uint8)
+        self.single_action_space = spaces.Discrete(len(ACTIONS))
+        self.observation_space = batch_space(self.single_observation_space, self.num_envs)
+        self.action_space = batch_space(self.single_action_space, self.num_envs)
+        self._frames = np.zeros(self.observation_space.shape, np.uint8)
+
+    def reset(
+        self, *, seed: int | Sequence[int | None] | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[np.ndarray, dict[str, Any]]:
+        """Begins the next episode in all environments, or in those of a mask.
+
+        Args:
+            seed: Environment ``i`` gets ``seed + i``, or the ``i``-th of a sequence.
+            options: As for the single environment; and ``reset_mask``, bool [num_envs], which to reset.
+
+        Raises:
+            UserError: As for the single environment; or not one seed or mask entry an environment.
+        """
+        options = dict(options or {})
+        mask = options.pop("reset_mask", None)
+        if mask is None:
+            mask = np.ones(self.num_envs, bool)
+        elif not isinstance(mask, np.ndarray) or mask.shape != (self.num_envs,) or mask.dtype != bool or not mask.any():
+            raise UserError(f"reset_mask is {mask!r}; it is a bool array [{self.num_envs}] with at least one True")
+        task, split, new = self._trials.choice(options)
+        if seed is None:
+            seeds = [None] * self.num_envs
+        elif isinstance(seed, (int, np.integer)):
+            seeds = [int(seed) + index for index in range(self.num_envs)]
+        else:
+            seeds = list(seed)
+            if len(seeds) != self.num_envs:
+                raise UserError(f"there are {len(seeds)} seeds; {self.num_envs} are wanted, one an environment")
+        if isinstance(seed, (int, np.integer)):
+            super().reset(seed=int(seed))
+        unseeded = [one is None and not known for one, known in zip(seeds, self._trials.seeded)]
+        if any(unseeded):
+            drawn = self.np_random.integers(1 << 63, size=self.num_envs)
+            seeds = [int(new_one) if want else one for one, want, new_one in zip(seeds, unseeded, drawn)]
+        self._trials.begin(mask, seeds, task, split, new)
+        self._over[mask] = False
+        self._frames = self._frames.copy()  # the caller may still hold the last ones
+        self._trials.draw(self._frames, mask)
+        return self._frames.copy(), self._infos(mask, np.zeros(self.num_envs, bool))
+
+    def step(self, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]:
+        """Makes one step in all environments.
+
+        Raises:
+            UserError: Not as many actions as environments, or one that is none.
+            gymnasium.error.ResetNeeded: An episode was never begun, or is over and autoreset is disabled.
+        """
+        actions = np.asarray(actions)
+        if actions.shape != (self.num_envs,) or actions.dtype.kind not in "iu":
+            raise UserError(
+                f"the actions have shape {actions.shape} and type {actions.dtype}; [{self.num_envs}] integers are due"
+            )
+        if ((actions < 0) | (actions >= len(ACTIONS))).any():
+            raise _wrong_action(int(actions[(actions < 0) | (actions >= len(ACTIONS))][0]))
+        again = self._over
+        if not self._trials.seeded.all() or (self.autoreset_mode == AutoresetMode.DISABLED and again.any()):
+            which = np.flatnonzero(again | ~self._trials.seeded).tolist()
+            raise gym.error.ResetNeeded(f"no episode is running in environments {which[:10]}; call reset()")
+        everyone = np.ones(self.num_envs, bool)
+        if again.any():
+            self._trials.begin(again)
+        frames = np.empty_like(self._frames)
+        reward, terminated, truncated = self._trials.advance(frames, actions.astype(np.int64), ~again)
+        self._over = terminated | truncated
+        infos: dict[str, Any] = {}
+        success = terminated.copy()
+        if self.autoreset_mode == AutoresetMode.SAME_STEP and self._over.any():
+            final = np.full(self.num_envs, None, object)
+            for index in np.flatnonzero(self._over):
+                final[index] = frames[index].copy()
+            infos = {"final_obs": final, "_final_obs": self._over.copy()}
+            infos |= {"final_info": self._infos(self._over, success), "_final_info": self._over.copy()}
+            self._trials.begin(self._over)
+            self._trials.draw(frames, self._over)
+            success[self._over] = False
+            self._over = np.zeros(self.num_envs, bool)
+        infos |= self._infos(everyone, success)
+        self._frames = frames
+        return (
+            frames.copy() if self.autoreset_mode == AutoresetMode.DISABLED else frames,
+            reward,
+            terminated,
+            truncated,
+            infos,
+        )
+
+    def _infos(self, which: np.ndarray, success: np.ndarray) -> dict[str, Any]:
+        state, infos = self._trials.state, {}
+        for name, entry in _INFO.items():
+            infos[name] = np.where(which, state[entry], 0)
+            infos[f"_{name}"] = which.copy()
+        return infos | {"success": success & which, "_success": which.copy()}
+
+    def render(self) -> tuple[np.ndarray, ...] | None:
+        """A picture an environment, as the single environment's ``render``."""
+        if self.render_mode is None:
+            gym.logger.warn('render() needs gym.make_vec(..., render_mode="rgb_array")')
+            return None
+        return tuple(self._trials.render(index) for index in range(self.num_envs))
+
+
+_INFO = {"trial": "trial", "episode": "episode", "task_id": "task", "phrase_id": "phrase", "goal": "goal"}
