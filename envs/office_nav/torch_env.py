@@ -148,7 +148,8 @@ def bits(seed: Tensor, trial: Tensor, episode: Tensor | int, draw: int) -> Tenso
     """``rng.bits`` on int64 tensors; the sums and products wrap around as those of uint64 do."""
     mixed = torch.zeros_like(seed)
     for key in (seed, trial, episode, draw):
-        mixed = mixed + (key + 1) * _signed(rng.GOLDEN)
+        golden = (key + 1) * (rng.GOLDEN if isinstance(key, int) else _signed(rng.GOLDEN))
+        mixed = mixed + (_signed(golden % (1 << 64)) if isinstance(key, int) else golden)
         mixed = (mixed ^ _shift(mixed, 30)) * _signed(rng.MIX_A)
         mixed = (mixed ^ _shift(mixed, 27)) * _signed(rng.MIX_B)
         mixed = mixed ^ _shift(mixed, 31)
@@ -168,9 +169,9 @@ class TorchOfficeNav:
         num_envs: How many environments.
         device: ``"cpu"``, ``"cuda"``, ...
         variant: An id such as ``"OfficeNav-Symbolic-v0"``, its short form ``"Symbolic"``, or a ``Variant``.
-        autoreset: ``"next_step"``: the step after an episode's last resets that environment, its action is ignored;
-            ``"same_step"``: the last step resets it and returns the next episode's first observation;
-            ``"disabled"``: call ``reset(options={"reset_mask": mask})``.
+        autoreset: ``"same_step"``: an episode's last step resets that environment and returns the next episode's first
+            observation (the last one is in ``info``); ``"next_step"``: the step after it does, whose action is
+            ignored; ``"disabled"``: call ``reset(options={"reset_mask": mask})``.
         sign: ``"pixels"``: observations have ``sign``, uint8 ``[B, 84, 84, 3]``, as the other environments have;
             ``"index"``: they have ``sign_index`` instead, int64 ``[B]``, a row of ``sign_pixels``. That saves 21 kB an
             environment, and a network can embed each different sign once.
@@ -192,7 +193,7 @@ class TorchOfficeNav:
         device: str | torch.device = "cpu",
         variant: str | Variant = "OfficeNav-v0",
         *,
-        autoreset: str = "next_step",
+        autoreset: str = "same_step",
         sign: str = "pixels",
         split: str = "train",
         **changes: Any,
@@ -211,7 +212,7 @@ class TorchOfficeNav:
         self.num_envs, self.autoreset, self.sign = int(num_envs), autoreset, sign
         self.variant = resolve_variant(variant, changes)
         self.tables = tables(self.variant)
-        self._split = self.tables.split(split)
+        self._split = self._default = self.tables.split(split)
         self._rgb = self.variant.view == "rgb"
 
         def zeros(*shape: int, dtype: torch.dtype = torch.int64) -> Tensor:
@@ -226,7 +227,7 @@ class TorchOfficeNav:
         self._image = zeros(56, 56, 3, dtype=torch.uint8) if self._rgb else zeros(7, 7, 3, dtype=torch.uint8)
         self._sign_image = zeros(84, 84, 3, dtype=torch.uint8) if sign == "pixels" else None
         self._actions = self._on(_RELEASED if self.variant.released else range(4))
-        self._layout = -1
+        self._layout = self._loaded = -1
         self._enter(int(self.tables.layout_of[self._split]))
 
     # -- Tables on the device
@@ -289,7 +290,7 @@ class TorchOfficeNav:
         self._palette, self._shade = self._on(styles.palette), self._on(styles.shade)
 
     def _load_split(self) -> None:
-        split = self._split
+        self._loaded = split = self._split
         self._enter(int(self.tables.layout_of[split]))
         self._pool = self._on(self.tables.pool(split))
         if self.variant.sign == "text":
@@ -338,7 +339,9 @@ class TorchOfficeNav:
             new = True
         if seed is not None or not self._begun:
             self._set_seeds(seed, rows)
-        if not self._begun or split is not None or task is not None:
+        if seed is not None and split is None and task is None and mask is None:
+            self._split = self._default
+        if self._loaded != self._split:
             self._load_split()
         fresh = not self._begun or seed is not None
         self._begun = True
@@ -347,7 +350,7 @@ class TorchOfficeNav:
         self._episode[rows] = self.variant.episodes if new else self._episode[rows]
         self._next_episode(rows, task)
         self._done[rows] = False
-        return self._observe(), self._info()
+        return self._observe(), self._info(torch.zeros_like(self._done))
 
     def _set_seeds(self, seed: int | list[int] | None, rows: Tensor) -> None:
         if seed is None:
@@ -388,8 +391,10 @@ class TorchOfficeNav:
             actions: Integers ``[B]``: 0 left, 1 right, 2 forward, 3 toggle (of the released variant: its seven).
 
         Returns:
-            Observation, reward (float32 ``[B]``), terminated and truncated (bool ``[B]``), info. The tensors of the
-            observation are written again by the next step: clone what you keep.
+            Observation, reward (float32 ``[B]``), terminated and truncated (bool ``[B]``), info. The tensors ``image``
+            and ``sign`` are written again by the next step: clone what you keep. Info has ``trial``, ``episode``,
+            ``task_id``, ``phrase_id``, ``goal`` and ``success``, ``[B]``; with ``"same_step"`` also ``final_rows``
+            (int64 ``[ended]``), ``final_obs`` and ``final_info`` of those rows.
 
         Raises:
             UserError: Before the first reset, or actions of another shape, kind or range.
@@ -406,6 +411,11 @@ class TorchOfficeNav:
         if self.device.type == "cpu" and bool(((actions < 0) | (actions >= number)).any()):
             raise UserError(f"actions from {int(actions.min())} to {int(actions.max())}: they are 0 to {number - 1}")
         actions = actions.clamp(0, number - 1)
+        if self.autoreset == "disabled" and bool(self._done.any()):
+            raise UserError(
+                f"environment {int(self._done.nonzero()[0])}: its episode has ended; "
+                "call reset(options={'reset_mask': terminated | truncated}) first"
+            )
         if self.variant.released:
             actions = self._actions[actions]
         pose, doors = self._pose, self._doors
@@ -414,7 +424,7 @@ class TorchOfficeNav:
         moved = self._following[pose * 5 + torch.where(shut & (actions == FORWARD), NOTHING, actions.clamp(max=4))]
         return self._after(moved, doors ^ torch.where(actions == TOGGLE, door, 0))
 
-    def _after(self, pose: Tensor, doors: Tensor):
+    def _after(self, pose: Tensor, doors: Tensor) -> tuple[dict[str, Tensor], Tensor, Tensor, Tensor, dict[str, Any]]:
         ended = self._done
         self._pose, self._doors = pose, doors
         self._time = self._time + 1
@@ -428,54 +438,68 @@ class TorchOfficeNav:
         self._done = terminated | truncated
         if self.autoreset == "same_step":
             rows = self._done.nonzero()[:, 0]
-            if len(rows):
-                final = {key: value[rows] for key, value in self._observe().items()}
-                final_info = {key: value[rows] for key, value in self._info(terminated).items()}
-                self._next_episode(rows)
-                info = self._info(terminated) | {"final_obs": final, "final_info": final_info, "final_rows": rows}
-                return self._observe(), reward, terminated, truncated, info
+            final = {"final_rows": rows, "final_obs": self._look(rows), "final_info": self._info(terminated, rows)}
+            self._next_episode(rows)
+            self._done = torch.zeros_like(self._done)
+            return self._observe(), reward, terminated, truncated, self._info(self._done) | final
         return self._observe(), reward, terminated, truncated, self._info(terminated)
 
-    def _info(self, success: Tensor | None = None) -> dict[str, Tensor]:
-        """Trial and so on as they are now."""
-        success = torch.zeros_like(self._done) if success is None else success
-        return {
-            "trial": self._trial.clone(),
-            "episode": self._episode.clone(),
-            "task_id": self._task_id.clone(),
-            "phrase_id": self._shown.clone(),
-            "goal": self._goal.clone(),
+    def _info(self, success: Tensor, rows: Tensor | None = None) -> dict[str, Any]:
+        """Trial and so on as they are now; of some rows, or of all."""
+        parts = {
+            "trial": self._trial,
+            "episode": self._episode,
+            "task_id": self._task_id,
+            "phrase_id": self._shown,
+            "goal": self._goal,
             "success": success,
         }
+        return {key: value.clone() if rows is None else value[rows] for key, value in parts.items()}
 
     # -- What is seen
 
-    def _observe(self) -> dict[str, Tensor]:
-        pose = self._pose
+    def _images(self, pose: Tensor, doors: Tensor, colours: Tensor, image: Tensor) -> None:
+        """Writes what is seen from poses into ``image``, ``[N, 56, 56, 3]`` or ``[N, 7, 7, 3]``."""
         number = self._first[pose]
         for index, part in enumerate(self._part):
-            number = number + part[pose * 64 + ((self._doors >> (6 * index)) & 63)]
+            number = number + part[pose * 64 + ((doors >> (6 * index)) & 63)]
         view = self._view[number]
-        target = self._image.view(self.num_envs, -1)
+        target = image.view(len(pose), -1)
         target = target.view(torch.int64) if self._rgb else target
         torch.index_select(self._pictures, 0, view, out=target)
         # The offices that are seen, all in a row: one question to the device.
         rows, slot = (self._slots[view] >= 0).nonzero(as_tuple=True)
         where = view[rows]
         cell = self._slots[where, slot]
-        kind = self._colours[rows, self._slot_office[where, slot]] + tiles.FLOOR
+        kind = colours[rows, self._slot_office[where, slot]] + tiles.FLOOR
         kind = torch.where(cell == AGENT_CELL, kind + tiles.AGENT, kind)
         if self._rgb:
-            flat = rows[:, None] * 1176 + self._words[cell]
-            target.view(-1)[flat] = self._tiles[kind]
+            target.view(-1)[rows[:, None] * 1176 + self._words[cell]] = self._tiles[kind]
         else:
             target.view(-1)[rows * 147 + self._colour_at[cell]] = self._colour_number[kind]
-        on_sign = (pose >> 2) == self._sign_cell
-        observation = {"image": self._image, "on_sign": on_sign.to(torch.int8)}
-        index = torch.where(on_sign, self._shown + 1, 0)
+
+    def _on_sign(self, pose: Tensor) -> Tensor:
+        return (pose >> 2) == self._sign_cell
+
+    def _look(self, rows: Tensor) -> dict[str, Tensor]:
+        """The observation of some rows, as new tensors."""
+        pose = self._pose[rows]
+        image = torch.empty(len(rows), *self._image.shape[1:], dtype=torch.uint8, device=self.device)
+        if len(rows):
+            self._images(pose, self._doors[rows], self._colours[rows], image)
+        on_sign = self._on_sign(pose)
+        observation = {"image": image, "on_sign": on_sign.long()}
         if self.sign == "index":
-            return observation | {"sign_index": index}
-        # What hangs there changes within a trial, and a building may be another in the next: paint when either does.
+            return observation | {"sign_index": torch.where(on_sign, self._shown[rows] + 1, 0)}
+        return observation | {"sign": self._paint(rows, on_sign)}
+
+    def _observe(self) -> dict[str, Tensor]:
+        self._images(self._pose, self._doors, self._colours, self._image)
+        on_sign = self._on_sign(self._pose)
+        observation = {"image": self._image, "on_sign": on_sign.long()}
+        if self.sign == "index":
+            return observation | {"sign_index": torch.where(on_sign, self._shown + 1, 0)}
+        # Painted where something else hangs there than before: another sign, or the picture of another building.
         index = torch.where(on_sign, (self._shown + 1) * self.tables.tasks + self._task_id, 0)
         rows = (index != self._sign_now).nonzero()[:, 0]
         if len(rows):
@@ -484,12 +508,17 @@ class TorchOfficeNav:
         return observation | {"sign": self._sign_image}
 
     def _paint(self, rows: Tensor, on_sign: Tensor) -> Tensor:
+        """What ``sign`` holds for some rows, uint8 ``[rows, 84, 84, 3]``."""
         shown = self._shown[rows]
         if self.variant.sign == "text":
             return self.sign_pixels[torch.where(on_sign, shown + 1, 0)]
-        region = self._region[shown]
-        colour = torch.gather(self._colours[rows], 1, region.clamp(min=0).flatten(1))
-        paint = self._palette[shown[:, None], colour].view(*region.shape, 3)
-        paint = ((paint * self._shade[shown][..., None] + 127) // 255).to(torch.uint8)
-        image = torch.where(region[..., None] >= 0, paint, self._base[shown])
-        return torch.where(on_sign[:, None, None, None], image, 0)
+        image = torch.zeros(len(rows), 84, 84, 3, dtype=torch.uint8, device=self.device)
+        there = on_sign.nonzero()[:, 0]
+        if len(there):
+            style = shown[there]
+            region = self._region[style]
+            colour = torch.gather(self._colours[rows[there]], 1, region.clamp(min=0).flatten(1))
+            paint = self._palette[style[:, None], colour].view(*region.shape, 3)
+            paint = ((paint * self._shade[style][..., None] + 127) // 255).to(torch.uint8)
+            image[there] = torch.where(region[..., None] >= 0, paint, self._base[style])
+        return image
