@@ -36,3 +36,9 @@ def register_envs() -> None:
                 vector_entry_point="fleetgym.envs.office_nav.vector:make_vec",
                 kwargs={"variant": name},
             )
+    if "OfficeNav3D-v0" not in registry:
+        register(
+            "OfficeNav3D-v0",
+            entry_point="fleetgym.envs.office_nav.env3d:OfficeNav3DEnv",
+            vector_entry_point="fleetgym.envs.office_nav.env3d:OfficeNav3DVectorEnv",
+        )

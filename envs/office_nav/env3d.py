@@ -11,7 +11,7 @@ import functools
 import math
 import operator
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -331,7 +331,7 @@ class _Trials:
                 resolve(phrase)
             self.fixed_phrase = _TEXTS.index(phrase)
         self.state = np.zeros(num_envs, STATE)
-        self.state["split"] = self.split_number(split)
+        self.state["split"] = self.default = self.split_number(split)
         self.seeded = np.zeros(num_envs, bool)
         self._use(world())
 
@@ -354,61 +354,100 @@ class _Trials:
         held_out = np.arange(TRAIN_TASKS, TRAIN_TASKS + TEST_TASKS)
         return held_out[held_out % OFFICES == resolve(HELD_OUT)] if SPLITS[split] == "phrases" else held_out
 
-    def choice(self, options: dict[str, Any] | None) -> tuple[int | None, int | None, bool | None]:
-        """Task id, split and whether a new trial is wanted, from the options of ``reset``."""
+    def reset(
+        self,
+        which: np.ndarray,
+        seeds: Sequence[int | None],
+        options: dict[str, Any] | None,
+        draw_seed: Callable[[], int],
+    ) -> None:
+        """``reset`` of the environments of a mask.
+
+        Args:
+            which: bool [n].
+            seeds: One an environment; None goes on without one.
+            options: ``task_id`` and ``split`` (one, or one an environment) and ``new_trial``.
+            draw_seed: Gives the seed of an environment that never had one.
+
+        Raises:
+            UserError: Unknown option or split, an impossible task id or seed, or options that contradict each other.
+                Nothing has been reset then.
+        """
         options = dict(options or {})
-        task, split, new = (options.pop(name, None) for name in ("task_id", "split", "new_trial"))
+        tasks, splits = self._each("task_id", options), self._each("split", options)
+        new = options.pop("new_trial", None)
         if options:
             raise UserError(f"unknown option {next(iter(options))!r} of reset; it takes task_id, split, new_trial")
-        split = None if split is None else self.split_number(split)
+        if new is not None and not isinstance(new, (bool, np.bool_)):
+            raise UserError(f"new_trial is {new!r}; it is True or False")
+        state, index = self.state, np.flatnonzero(which)
+        task, split = np.full(len(state), -1), np.full(len(state), -1)
+        fresh, seeded = np.zeros(len(state), bool), np.zeros(len(state), bool)
+        for row in index:
+            seed, named = seeds[row], splits[row] is not None or tasks[row] is not None
+            if seed is not None and (isinstance(seed, bool) or not isinstance(seed, (int, np.integer)) or seed < 0):
+                raise UserError(f"the seed is {seed!r}; it is an integer of at least 0")
+            if named:
+                task[row], split[row] = self._chosen(tasks[row], splits[row])
+            elif seed is not None:
+                split[row] = self.default
+            seeded[row] = seed is not None or not self.seeded[row]
+            if new is False and (named or seeded[row] or state["episode"][row] >= EPISODES):
+                raise UserError(
+                    "new_trial=False, but there is no trial to go on with: it has had its two episodes or was never "
+                    "begun, or a seed, task_id or split begins another; leave new_trial out, or say True"
+                )
+            fresh[row] = named or bool(new)
+        for row in np.flatnonzero(seeded):
+            seed = draw_seed() if seeds[row] is None else int(seeds[row])
+            state["seed"][row], state["trial"][row], state["episode"][row] = seed % (1 << 64), -1, EPISODES
+        self.seeded |= seeded
+        state["split"] = np.where(split >= 0, split, state["split"])
+        self.begin(which, fresh, task)
+
+    def _each(self, name: str, options: dict[str, Any]) -> Sequence[Any]:
+        value = options.pop(name, None)
+        if isinstance(value, (list, tuple, np.ndarray)):
+            if len(value) != len(self.state):
+                raise UserError(f"{name} has {len(value)} entries; give one, or {len(self.state)}, one an environment")
+            return list(value)
+        return [value] * len(self.state)
+
+    def _chosen(self, task: Any, split: Any) -> tuple[int, int]:
+        """Task id (-1: to be drawn) and split that options stand for."""
+        number = None if split is None else self.split_number(split)
         if task is None:
-            return None, split, new
+            return -1, number
         total = RELEASED_TASKS if self.released else TRAIN_TASKS + TEST_TASKS
         if isinstance(task, (bool, np.bool_)) or not isinstance(task, (int, np.integer)) or not 0 <= task < total:
             raise UserError(f"task_id is {task!r}; it is an integer from 0 to {total - 1}")
-        if split is None and not all(task in self.pool(int(own)) for own in np.unique(self.state["split"])):
-            split = 0 if task in self.pool(0) else 1
-        if split is not None and task not in (pool := self.pool(split)):
-            raise UserError(f"task_id {task} is not in split {SPLITS[split]!r}, which has {_ranges(pool)}")
-        return int(task), split, new
+        if number is None:
+            number = 0 if task in self.pool(0) else 1
+        if task not in (pool := self.pool(number)):
+            raise UserError(f"task_id {task} is not in split {SPLITS[number]!r}, which has {_ranges(pool)}")
+        return int(task), number
 
-    def begin(
-        self,
-        which: np.ndarray,
-        seeds: Sequence[int | None] | None = None,
-        task: int | None = None,
-        split: int | None = None,
-        new: bool | None = None,
-    ) -> None:
-        """Begins the next episode of some environments: of the same trial if it has one left, else of a new one."""
+    def begin(self, which: np.ndarray, fresh: np.ndarray | None = None, task: np.ndarray | None = None) -> None:
+        """Begins the next episode of the environments of a mask: of their trial if it has one left, else of the next.
+
+        Args:
+            which: bool [n].
+            fresh: bool [n]; a new trial in any case.
+            task: [n]; the task id of a new trial, -1 to draw it.
+        """
         state, index = self.state, np.flatnonzero(which)
-        seeded = np.array([seeds is not None and seeds[one] is not None for one in index], bool)
-        played = state["episode"][index]
-        over = played >= EPISODES
-        if task is not None:
-            over |= state["task"][index] != task
-        if split is not None:
-            over |= state["split"][index] != split
-        if new is False and np.any(over | seeded | (played == 0)):
-            raise UserError(
-                "new_trial=False, but there is no trial to go on with: it has had its two episodes, was never begun, "
-                "or the seed, task_id or split is another; leave new_trial out, or say True"
-            )
-        over |= bool(new)
-        state["trial"][index[over & (played > 0)]] += 1
-        for one in index[seeded]:
-            state["seed"][one], state["trial"][one], self.seeded[one] = int(seeds[one]) % (1 << 64), 0, True
-        if split is not None:
-            state["split"][index] = split
-        made = index[over | seeded | (played == 0)]
+        over = state["episode"][index] >= EPISODES
+        if fresh is not None:
+            over |= fresh[index]
+        made = index[over]
+        state["trial"][made] += 1
         state["episode"][made] = 0
+        for number in np.unique(state["split"][made]):
+            of = made[state["split"][made] == number]
+            pool = self.pool(int(number))
+            state["task"][of] = pool[pick(self._bits(of, 0, TASK), len(pool))]
         if task is not None:
-            state["task"][made] = task
-        else:
-            for number in np.unique(state["split"][made]):
-                of = made[state["split"][made] == number]
-                pool = self.pool(int(number))
-                state["task"][of] = pool[pick(self._bits(of, 0, TASK), len(pool))]
+            state["task"][made] = np.where(task[made] >= 0, task[made], state["task"][made])
         state["goal"][made] = state["task"][made] % OFFICES
         look = state["task"][made] // OFFICES
         styled = state["split"][made] == SPLITS.index("style")
@@ -535,9 +574,11 @@ class OfficeNav3DEnv(gym.Env):
     ## Trial
 
     `reset()` goes on with the second episode of the trial, in the same building with doors closed, a start and a phrase
-    drawn anew; after that it begins a new trial. `reset(seed=...)` begins a new trial. So does another task id or split
-    than the current one, or `options={"new_trial": True}`; `False` insists on going on and is an error where there is
-    nothing to go on with. A split stays chosen until another is; a task id is for one trial.
+    drawn anew; after that it begins a new trial. `reset(seed=...)` begins trial 0 of that seed, in the split that the
+    environment was made with. `options` may have `task_id` (begins a trial in that building; its split is `train` or
+    `test` by the id unless `split` says otherwise), `split` (begins a trial of that split, and later ones come from it
+    as well, until a seed or another split is given) and `new_trial`: True begins a trial, False insists on going on
+    with the present one and is an error where that cannot be.
 
     `info` has `trial` (from 0), `episode` (1 or 2), `task_id`, `phrase`, `goal` (the office, from 0) and `success`.
 
@@ -607,11 +648,9 @@ class OfficeNav3DEnv(gym.Env):
         Raises:
             UserError: Unknown option, task id or split, or ``new_trial=False`` where no trial can go on.
         """
-        task, split, new = self._trials.choice(options)
-        super().reset(seed=seed)
-        if seed is None and not self._trials.seeded[0]:
-            seed = int(self.np_random.integers(1 << 63))
-        self._trials.begin(self._one, [seed], task, split, new)
+        if seed is None or (isinstance(seed, (int, np.integer)) and seed >= 0):
+            super().reset(seed=None if seed is None else int(seed))
+        self._trials.reset(self._one, [seed], options, lambda: int(self.np_random.integers(1 << 63)))
         frame = np.empty((1, *self.observation_space.shape), np.uint8)
         self._trials.draw(frame, self._one)
         return frame[0], self._info(False)
@@ -719,22 +758,17 @@ class OfficeNav3DVectorEnv(VectorEnv):
             mask = np.ones(self.num_envs, bool)
         elif not isinstance(mask, np.ndarray) or mask.shape != (self.num_envs,) or mask.dtype != bool or not mask.any():
             raise UserError(f"reset_mask is {mask!r}; it is a bool array [{self.num_envs}] with at least one True")
-        task, split, new = self._trials.choice(options)
-        if seed is None:
-            seeds = [None] * self.num_envs
-        elif isinstance(seed, (int, np.integer)):
-            seeds = [int(seed) + index for index in range(self.num_envs)]
+        if seed is None or isinstance(seed, (int, np.integer)):
+            plain = isinstance(seed, (int, np.integer)) and seed >= 0 and not isinstance(seed, bool)
+            seeds = [int(seed) + index if plain else seed for index in range(self.num_envs)]
         else:
             seeds = list(seed)
             if len(seeds) != self.num_envs:
                 raise UserError(f"there are {len(seeds)} seeds; {self.num_envs} are wanted, one an environment")
-        if isinstance(seed, (int, np.integer)):
-            super().reset(seed=int(seed))
-        unseeded = [one is None and not known for one, known in zip(seeds, self._trials.seeded)]
-        if any(unseeded):
-            drawn = self.np_random.integers(1 << 63, size=self.num_envs)
-            seeds = [int(new_one) if want else one for one, want, new_one in zip(seeds, unseeded, drawn)]
-        self._trials.begin(mask, seeds, task, split, new)
+        given = next((one for one in seeds if one is not None), None)
+        if isinstance(given, (int, np.integer)) and given >= 0:
+            super().reset(seed=int(given))
+        self._trials.reset(mask, seeds, options, lambda: int(self.np_random.integers(1 << 63)))
         self._over[mask] = False
         self._frames = self._frames.copy()  # the caller may still hold the last ones
         self._trials.draw(self._frames, mask)

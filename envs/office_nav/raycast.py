@@ -254,7 +254,7 @@ def segment_distance2(x, z, segment):
 @numba.njit(cache=True)
 def blocked(scene, x, z, radius, open_doors):
     """Whether a disc touches a wall, a closed door or a piece of furniture; ``open_doors`` has a bit a door."""
-    limit = radius * radius
+    limit = (radius - 1e-9) ** 2  # standing exactly that far away is no touch, however it was rounded
     for index in range(scene.walls.shape[0]):
         if segment_distance2(x, z, scene.walls[index]) < limit:
             return True
