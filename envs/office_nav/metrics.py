@@ -167,7 +167,7 @@ def reading(
     kind = resolve_variant(variant)
     worlds = tables(kind)
     plan = worlds.layouts[int(worlds.layout_of[worlds.split(split)])]
-    env = OfficeNavVectorEnv(trials, variant=kind)
+    env = OfficeNavVectorEnv(trials, variant=kind, autoreset_mode="next_step")
     observation, info = env.reset(seed=seed, options={"split": split})
     shown = _Signs(sign, worlds, split, np.array(info["task_id"]), np.array(info["goal"]), seed)
     tracker = Tracker(plan, trials)

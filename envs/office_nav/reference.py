@@ -417,11 +417,12 @@ class OracleReader:
     Args:
         layout: The geometry.
         episodes: Episodes of a trial, after which what was read is forgotten.
-        released: Whether the signs may hold the phrases of the released code.
+        released: Whether phrases and actions are those of the released code.
     """
 
     def __init__(self, layout: Layout, episodes: int = 2, released: bool = False) -> None:
         self.layout, self.episodes = layout, episodes
+        self._number = np.array([0, 1, 2, 5 if released else 3])
         self.reader = Reader(layout, released)
         n = layout.offices
         there = path_to_sign(layout)
@@ -457,7 +458,7 @@ class OracleReader:
             known[row] = self.reader.cell(batch["sign"][row])
             if known[row] >= 0:
                 plan[row] = 1 + self._offices + known[row]
-        action = self._plans[plan, np.minimum(time, HORIZON)]
+        action = self._number[self._plans[plan, np.minimum(time, HORIZON)]]
         return (action[0] if single else action), (time + 1, episode, known, plan)
 
 
@@ -467,8 +468,9 @@ class NonReader:
     It never looks at the sign. Arguments as of ``OracleReader``.
     """
 
-    def __init__(self, layout: Layout, episodes: int = 2) -> None:
+    def __init__(self, layout: Layout, episodes: int = 2, released: bool = False) -> None:
         self.layout, self.episodes = layout, episodes
+        self._number = np.array([0, 1, 2, 5 if released else 3])
         n = layout.offices
         first = search(layout)
         second = search(layout, first.doors)
@@ -515,7 +517,7 @@ class NonReader:
         nearer = found & ((known < 0) | (self._length[door] < self._length[known]))
         known = np.where(nearer, door, known)
         plan = np.where(found & (plan == 1), 2, plan)  # two steps ahead lies the goal
-        action = self._plans[plan, np.minimum(time, HORIZON)]
+        action = self._number[self._plans[plan, np.minimum(time, HORIZON)]]
         return (action[0] if single else action), (time + 1, episode, known, plan)
 
 
