@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from fleetgym.envs.office_nav import kernels, tiles
+from fleetgym.envs.office_nav.variants import MAX_OFFICES
 
 if TYPE_CHECKING:
     from fleetgym.envs.office_nav.vector import Rows
@@ -16,9 +17,14 @@ SIZE = 24
 
 
 def _cells(rows: Rows, row: int) -> tuple[np.ndarray, np.ndarray]:
-    s = rows.state[row]
+    s = rows.state[:, row]
     codes = kernels.cell_codes(rows.tables.layouts[s[kernels.LAYOUT]])
-    return rows.kinds[row][codes], s
+    kinds = np.empty(kernels.CODES, np.int64)
+    kinds[[kernels.CODE_WALL, kernels.CODE_EMPTY, kernels.CODE_SIGN]] = tiles.WALL, tiles.EMPTY, tiles.SIGN
+    doors = s[kernels.DOORS] >> np.arange(MAX_OFFICES) & 1
+    kinds[kernels.CODE_DOOR : kernels.CODE_OFFICE] = np.where(doors, tiles.OPEN, tiles.CLOSED)
+    kinds[kernels.CODE_OFFICE :] = tiles.FLOOR + rows.tables.colours[s[kernels.LAYOUT], s[kernels.TASK]]
+    return kinds[codes], s
 
 
 def frame(rows: Rows, row: int) -> np.ndarray:

@@ -68,7 +68,6 @@ class OfficeNavEnv(gym.Env):
         self._rgb = self.variant.view == "rgb"
         self._reward, self._flags = np.zeros(1), (np.zeros(1, bool), np.zeros(1, bool))
         self._action, self._on_sign = np.zeros(1, np.int64), np.zeros(1, np.int64)
-        self._info = np.zeros((len(kernels.INFO), 1), np.int64)
         self._nothing = np.zeros((1, 1), np.uint64)
 
     def _observe(self) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -78,10 +77,8 @@ class OfficeNavEnv(gym.Env):
         flat = image.reshape(1, -1)
         words = flat.view(np.uint64) if self._rgb else self._nothing
         sign_words, drawn = sign.reshape(1, -1).view(np.uint64), np.full(1, -1)
-        kernels.observe(
-            rows.world, rows.state, rows.kinds, flat, words, self._rgb, sign_words, drawn, self._on_sign, self._info
-        )
-        trial, episode, task, shown, goal, success = self._info[:, 0].tolist()
+        kernels.observe(rows.world, rows.state, flat, words, self._rgb, sign_words, drawn, self._on_sign)
+        trial, episode, task, shown, goal, success = rows.state[: len(kernels.INFO), 0].tolist()
         info = {
             "trial": trial,
             "episode": episode,
@@ -133,9 +130,7 @@ class OfficeNavEnv(gym.Env):
             raise UserError("step before reset; call reset() first")
         self._action[0] = number
         terminated, truncated = self._flags
-        code = kernels.step(
-            rows.world, rows.state, rows.kinds, self._action, kernels.DISABLED, self._reward, terminated, truncated
-        )
+        code = kernels.step(rows.world, rows.state, self._action, kernels.DISABLED, self._reward, terminated, truncated)
         if code < 0:
             raise UserError("the episode has ended; call reset() before the next step")
         observation, info = self._observe()

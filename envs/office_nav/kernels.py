@@ -1,10 +1,12 @@
-"""OfficeNav's dynamics and views for a batch of rows, compiled by numba.
+"""OfficeNav's dynamics and views for a batch of environments, compiled by numba.
 
-A row is one environment. Its state is one row of integers (``STATE`` names the columns) and one row of tile kinds, one
-for each code of a cell. Codes say what is built in a cell: wall, floor, sign, door ``k``, office ``k``; the same for
-all buildings of a layout. So the view is one look-up of 49 codes in a table over layout, place and direction, another
-of their kinds in the row's tiles, and MiniGrid's ``process_vis`` done a view row at a time by a table over (cells seen,
-cells that let light through).
+The state of B environments is int64 [16, B]; ``STATE`` names its rows. Codes say what is built in a cell: wall, floor,
+sign, door ``k``, office ``k``; they are the same for all buildings of a layout.
+
+What is seen depends on the pose and on which of the doors within the 7 x 7 cells ahead are open, up to the colours of
+offices. ``views`` works out all cases once, with MiniGrid's ``process_vis`` done a view row at a time by a table over
+(cells seen, cells that let light through). Only some hundreds differ; each is kept as the finished picture, and a step
+copies one and paints the offices that are seen in it.
 """
 
 from __future__ import annotations
@@ -16,20 +18,23 @@ import numba
 import numpy as np
 
 from fleetgym.envs.office_nav import rng, tiles
-from fleetgym.envs.office_nav.layout import COLOURS, DIRECTIONS, GOAL, Layout
+from fleetgym.envs.office_nav.layout import COLOURS, DIRECTIONS, GOAL, LAYOUTS, Layout
 from fleetgym.envs.office_nav.variants import MAX_OFFICES, Tables
 
-#: Columns of the state. ``SEED`` is the seed's 64 bits; ``SERIAL`` counts the row's episodes and tells whether a sign
-#: has been drawn already; ``DONE`` is set between an episode's last step and the reset.
-STATE = ("X", "Y", "DIR", "STEP", "LAYOUT", "SPLIT", "TRIAL", "EPISODE", "TASK", "SHOWN", "OFFICE", "SERIAL", "SEED")
-STATE = (*STATE, "DONE", "SUCCESS")
-X, Y, DIR, STEP, LAYOUT, SPLIT, TRIAL, EPISODE, TASK, SHOWN, OFFICE, SERIAL, SEED, DONE, SUCCESS = range(len(STATE))
-#: Rows of the info block, in this order.
+#: Rows of the state; the first six are what ``info`` tells. ``SEED`` is the seed's 64 bits; ``DOORS`` has a bit for
+#: each open door; ``SERIAL`` counts episodes and tells whether a sign has been drawn already; ``DONE`` is not 0
+#: between an episode's last step and the reset.
+STATE = ("TRIAL", "EPISODE", "TASK", "SHOWN", "OFFICE", "SUCCESS", "X", "Y", "DIR", "STEP", "LAYOUT", "SPLIT", "SERIAL")
+STATE = (*STATE, "SEED", "DONE", "DOORS")
+TRIAL, EPISODE, TASK, SHOWN, OFFICE, SUCCESS, X, Y, DIR, STEP, LAYOUT, SPLIT, SERIAL, SEED, DONE, DOORS = range(16)
+#: The names of those six in ``info``.
 INFO = ("trial", "episode", "task_id", "phrase_id", "goal", "success")
 
 VIEW = 7
 CODE_WALL, CODE_EMPTY, CODE_SIGN, CODE_DOOR, CODE_OFFICE = 0, 1, 2, 3, 3 + MAX_OFFICES
 CODES = CODE_OFFICE + MAX_OFFICES
+#: Words of 8 bytes in a row of tiles, and in a sign.
+BAND = VIEW * 8 * 3
 SIGN_WORDS = 84 * 84 * 3 // 8
 LEFT, RIGHT, FORWARD, TOGGLE = 0, 1, 2, 3
 #: What is returned for a batch with an action that does not exist, or with a finished row: less this, less the row.
@@ -39,16 +44,7 @@ STEP_REWARD, GOAL_REWARD = -0.05, 1.0
 
 _G, _A, _B = np.uint64(rng.GOLDEN), np.uint64(rng.MIX_A), np.uint64(rng.MIX_B)
 _ONE, _30, _27, _31, _32, _8 = (np.uint64(n) for n in (1, 30, 27, 31, 32, 8))
-_UNSEEN, _EMPTY, _WALL, _CLOSED, _OPEN, _FLOOR, _SIGN = (
-    tiles.UNSEEN,
-    tiles.EMPTY,
-    tiles.WALL,
-    tiles.CLOSED,
-    tiles.OPEN,
-    tiles.FLOOR,
-    tiles.SIGN,
-)
-_AGENT = tiles.AGENT
+_FLOOR, _AGENT = tiles.FLOOR, tiles.AGENT
 _TASK_DRAW, _SIGN_DRAW = rng.TASK, rng.SIGN
 _DX, _DY = DIRECTIONS[:, 0].copy(), DIRECTIONS[:, 1].copy()
 
@@ -65,11 +61,16 @@ class World(NamedTuple):
     """The tables of a variant as the kernels want them; see ``Tables`` and ``world``."""
 
     cells: np.ndarray  # uint8 [L, cells]: the code of each cell, y * width + x
-    views: np.ndarray  # uint8 [L, cells * 4, 49]: the codes seen, bottom row last, left column first
+    first: np.ndarray  # int64 [L, cells * 4]: a pose's first case; the others follow, one for each set of open doors
+    near: np.ndarray  # int8 [L, cells * 4, doors]: the doors that count, -1 after the last
+    which: np.ndarray  # int16 [cases]: the picture of a case
+    symbols: np.ndarray  # uint8 [pictures, 147]
+    bands: np.ndarray  # int16 [pictures, 7]: their rows of tiles
+    pixels: np.ndarray  # uint64 [rows of tiles, 168]
+    slots: np.ndarray  # int8 [pictures, offices, 2]: where offices are seen (row * 7 + column) and which, -1 at the end
     widths: np.ndarray  # int64 [L]
     starts: np.ndarray  # int64 [L, 3]
-    light: np.ndarray  # uint16 [128 * 128]
-    symbols: np.ndarray  # uint8 [kinds, 3]
+    paint: np.ndarray  # uint8 [kinds, 3]: the symbols of a tile
     atlas: np.ndarray  # uint64 [kinds, 24]
     actions: np.ndarray  # int64 [number of actions]: left, right, forward, toggle, or 4 for no effect
     colours: np.ndarray
@@ -139,17 +140,94 @@ def light_table() -> np.ndarray:
     return table.ravel()
 
 
+class Views(NamedTuple):
+    """All that can be seen in a layout, ``P = height * width * 4`` poses ``(y * width + x) * 4 + direction``.
+
+    Attributes:
+        first: The number of a pose's first case, int64 [P]. Case ``first + i`` has open the doors
+            ``near[pose, bit]`` of the bits that are set in ``i``.
+        near: The doors among the 49 cells ahead, int8 [P, doors], -1 after the last.
+        which: The picture of each case, int64 [cases].
+        cells: The pictures, uint8 [pictures, 49], row by row: a tile kind, or ``OFFICE + k`` for office ``k``; in the
+            agent's cell ``AGENT_BIT`` more.
+    """
+
+    first: np.ndarray
+    near: np.ndarray
+    which: np.ndarray
+    cells: np.ndarray
+
+
+#: Numbers in ``Views.cells``.
+SEEN_OFFICE, AGENT_BIT = 32, 64
+
+
+@functools.cache
+def views(name: str) -> Views:
+    """Works out everything that can be seen in a layout."""
+    layout = LAYOUTS[name]
+    windows = view_codes(layout).reshape(-1, VIEW * VIEW)
+    near = np.full((len(windows), layout.offices), -1, np.int8)
+    first = np.zeros(len(windows), np.int64)
+    codes, opened, count = [], [], 0
+    for pose in np.flatnonzero(np.repeat(~layout.walls.ravel(), 4)):
+        window = windows[pose]
+        is_door = (window >= CODE_DOOR) & (window < CODE_OFFICE)
+        doors = np.unique(window[is_door]) - CODE_DOOR
+        near[pose, : len(doors)] = doors
+        first[pose] = count
+        sets = (np.arange(1 << len(doors))[:, None] >> np.arange(len(doors)) & 1).astype(bool)
+        cases = np.zeros((len(sets), VIEW * VIEW), bool)
+        cases[:, is_door] = sets[:, np.searchsorted(doors, window[is_door] - CODE_DOOR)]
+        codes.append(np.broadcast_to(window, cases.shape))
+        opened.append(cases)
+        count += len(sets)
+    code, is_open = np.concatenate(codes), np.concatenate(opened)
+    kinds = np.array([tiles.WALL, tiles.EMPTY, tiles.SIGN, *[tiles.CLOSED] * MAX_OFFICES, *range(32, 32 + MAX_OFFICES)])
+    cells = kinds[code].astype(np.uint8)
+    cells[is_open] = tiles.OPEN
+    clear = ((cells != tiles.WALL) & (cells != tiles.CLOSED)).reshape(-1, VIEW, VIEW) @ (1 << np.arange(VIEW))
+    mask = np.full(len(cells), 1 << (VIEW // 2))
+    grid = cells.reshape(-1, VIEW, VIEW)
+    for row in range(VIEW - 1, -1, -1):
+        spread = light_table()[mask << 7 | clear[:, row]].astype(np.int64)
+        grid[:, row][(spread[:, None] >> np.arange(VIEW) & 1) == 0] = tiles.UNSEEN
+        mask = spread >> 7
+    cells[:, VIEW * VIEW - 1 - VIEW // 2] += AGENT_BIT
+    pictures, which = np.unique(cells, axis=0, return_inverse=True)
+    most = max(1, int((near >= 0).sum(1).max()))
+    return Views(first, near[:, :most].copy(), which.reshape(-1), pictures)
+
+
 @functools.lru_cache(maxsize=16)
 def world(tables: Tables) -> World:
     """The arrays of a variant's tables, padded and stacked for the kernels."""
     plans = tables.layouts
     most = max(plan.width * plan.height for plan in plans)
+    found = [views(plan.name) for plan in plans]
     cells = np.zeros((len(plans), most), np.uint8)
-    views = np.zeros((len(plans), most * 4, VIEW * VIEW), np.uint8)
-    for index, plan in enumerate(plans):
+    first = np.zeros((len(plans), most * 4), np.int64)
+    near = np.full((len(plans), most * 4, max(view.near.shape[1] for view in found)), -1, np.int8)
+    which, seen = [], []
+    for index, (plan, view) in enumerate(zip(plans, found)):
         size = plan.width * plan.height
         cells[index, :size] = cell_codes(plan).ravel()
-        views[index, : size * 4] = view_codes(plan).reshape(size * 4, -1)
+        first[index, : size * 4] = view.first + sum(map(len, which))
+        near[index, : size * 4, : view.near.shape[1]] = view.near
+        which.append(view.which + sum(map(len, seen)))
+        seen.append(view.cells)
+    pictures = np.concatenate(seen)
+    agent, plain = pictures & AGENT_BIT != 0, pictures & (AGENT_BIT - 1)
+    office = plain >= SEEN_OFFICE
+    kind = np.where(office, tiles.UNSEEN, plain) + tiles.AGENT * agent
+    symbols = tiles.SYMBOLS[kind].reshape(-1, VIEW, VIEW, 3).swapaxes(1, 2)  # MiniGrid's image has x first
+    # Pictures share their rows of tiles: a thousand rows of 1344 bytes stay in the cache, the pictures would not.
+    rows, bands = np.unique(kind.reshape(-1, VIEW), axis=0, return_inverse=True)
+    drawn = np.ascontiguousarray(tiles.atlas()[rows].swapaxes(1, 2))
+    slots = np.full((len(pictures), int(office.sum(1).max()) + 1, 2), -1, np.int8)
+    for picture in np.flatnonzero(office.any(1)):
+        places = np.flatnonzero(office[picture])
+        slots[picture, : len(places)] = np.stack([places, plain[picture, places] - SEEN_OFFICE], 1)
     names = ("left", "right", "forward", "toggle")
     actions = np.array([names.index(name) if name in names else 4 for name in tables.variant.actions])
 
@@ -171,11 +249,16 @@ def world(tables: Tables) -> World:
         shade = np.stack([style.shade for style in styles]).reshape(len(plans), -1, pixels)
     arrays = World(
         cells=cells,
-        views=views,
+        first=first,
+        near=near,
+        which=np.concatenate(which).astype(np.int16),
+        symbols=symbols.reshape(len(pictures), -1),
+        bands=bands.reshape(-1, VIEW).astype(np.int16),
+        pixels=drawn.reshape(len(rows), -1).view(np.uint64),
+        slots=slots,
         widths=np.array([plan.width for plan in plans]),
         starts=np.array([plan.start for plan in plans]),
-        light=light_table(),
-        symbols=tiles.SYMBOLS,
+        paint=tiles.SYMBOLS,
         atlas=tiles.atlas().reshape(2 * tiles.KINDS, -1).copy().view(np.uint64),
         actions=actions,
         colours=tables.colours,
@@ -222,272 +305,246 @@ def _pick(bits, size):
 
 
 @_jit
-def _begin_trial(w, s, kinds, task):
-    """Begins the trial whose number stands in the row; a negative task is drawn."""
-    layout = w.layout_of[s[SPLIT]]
+def _begin_trial(w, state, row, task):
+    """Begins the trial whose number stands in the state; a negative task is drawn."""
+    split = state[SPLIT, row]
+    layout = w.layout_of[split]
     if task < 0:
-        first = w.pool_start[s[SPLIT]]
-        drawn = _pick(_bits(s[SEED], s[TRIAL], 0, _TASK_DRAW), w.pool_start[s[SPLIT] + 1] - first)
+        first = w.pool_start[split]
+        drawn = _pick(_bits(state[SEED, row], state[TRIAL, row], 0, _TASK_DRAW), w.pool_start[split + 1] - first)
         task = w.pools[first + drawn]
-    s[TASK], s[LAYOUT], s[OFFICE], s[EPISODE] = task, layout, w.goals[layout, task], 0
-    kinds[CODE_WALL], kinds[CODE_EMPTY], kinds[CODE_SIGN] = _WALL, _EMPTY, _SIGN
-    for k in range(MAX_OFFICES):
-        kinds[CODE_OFFICE + k] = _FLOOR + max(0, w.colours[layout, task, k])
+    state[TASK, row], state[LAYOUT, row], state[OFFICE, row] = task, layout, w.goals[layout, task]
+    state[EPISODE, row] = 0
 
 
 @_jit
-def _begin_episode(w, s, kinds):
-    s[EPISODE] += 1
-    s[SERIAL] += 1
-    layout = s[LAYOUT]
-    s[X], s[Y], s[DIR] = w.starts[layout, 0], w.starts[layout, 1], w.starts[layout, 2]
-    s[STEP] = s[DONE] = s[SUCCESS] = 0
-    for k in range(MAX_OFFICES):
-        kinds[CODE_DOOR + k] = _CLOSED
-    split = s[SPLIT]
-    bits = _bits(s[SEED], s[TRIAL], s[EPISODE], _SIGN_DRAW)
+def _begin_episode(w, state, row):
+    state[EPISODE, row] += 1
+    state[SERIAL, row] += 1
+    layout, split = state[LAYOUT, row], state[SPLIT, row]
+    state[X, row], state[Y, row], state[DIR, row] = w.starts[layout, 0], w.starts[layout, 1], w.starts[layout, 2]
+    state[STEP, row] = state[DONE, row] = state[SUCCESS, row] = state[DOORS, row] = 0
+    bits = _bits(state[SEED, row], state[TRIAL, row], state[EPISODE, row], _SIGN_DRAW)
     if w.text.shape[0] > 0:
-        low, high, top = 0, w.cumulative.shape[2], np.int64(bits >> _8)
+        low, high, top, office = 0, w.cumulative.shape[2], np.int64(bits >> _8), state[OFFICE, row]
         while low < high:  # the first whose cumulative value exceeds the drawn one
             middle = (low + high) // 2
-            if w.cumulative[split, s[OFFICE], middle] > top:
+            if w.cumulative[split, office, middle] > top:
                 high = middle
             else:
                 low = middle + 1
-        s[SHOWN] = low
+        state[SHOWN, row] = low
     else:
         first = w.style_start[split]
-        s[SHOWN] = w.style_pools[first + _pick(bits, w.style_start[split + 1] - first)]
+        state[SHOWN, row] = w.style_pools[first + _pick(bits, w.style_start[split + 1] - first)]
 
 
 @_jit
-def _next_episode(w, s, kinds):
+def _next_episode(w, state, row):
     """What a reset without arguments does: the trial's next episode, or the next trial's first."""
-    if s[EPISODE] >= w.limits[1]:
-        s[TRIAL] += 1
-        _begin_trial(w, s, kinds, -1)
-    _begin_episode(w, s, kinds)
+    if state[EPISODE, row] >= w.limits[1]:
+        state[TRIAL, row] += 1
+        _begin_trial(w, state, row, -1)
+    _begin_episode(w, state, row)
 
 
 @_jit
-def _move(w, s, kinds, action):
-    """One step of one row; returns the reward. Sets ``DONE`` to 1 (the goal) or 2 (the horizon)."""
-    effect = w.actions[action]
-    s[STEP] += 1
-    reward = STEP_REWARD
-    if effect == LEFT:
-        s[DIR] = (s[DIR] + 3) & 3
-    elif effect == RIGHT:
-        s[DIR] = (s[DIR] + 1) & 3
-    elif effect == FORWARD or effect == TOGGLE:
-        layout = s[LAYOUT]
-        x, y = s[X] + _DX[s[DIR]], s[Y] + _DY[s[DIR]]
-        code = w.cells[layout, y * w.widths[layout] + x]
-        kind = kinds[code]
-        if effect == TOGGLE:
-            if kind == _CLOSED:
-                kinds[code] = _OPEN
-            elif kind == _OPEN:
-                kinds[code] = _CLOSED
-        elif kind != _WALL and kind != _CLOSED:
-            s[X], s[Y] = x, y
-            if kind == _FLOOR + GOAL:
-                s[DONE] = s[SUCCESS] = 1
-                return GOAL_REWARD
-    if s[STEP] >= w.limits[0]:
-        s[DONE] = 2
-    return reward
-
-
-@_jit
-def draw_sign(w, s, sign):
-    """Draws the row's sign into 2646 words."""
+def draw_sign(w, state, row, sign):
+    """Draws an environment's sign into 2646 words."""
+    layout, shown = state[LAYOUT, row], state[SHOWN, row]
     if w.text.shape[0] > 0:
-        which = w.text_start[s[LAYOUT]] + s[SHOWN]
-        for word in range(SIGN_WORDS):
-            sign[word] = w.text[which, word]
+        sign[:] = w.text[w.text_start[layout] + shown]
         return
-    layout, style, task = s[LAYOUT], s[SHOWN], s[TASK]
-    pixels = sign.view(np.uint8)
+    pixels, colours = sign.view(np.uint8), w.colours[layout, state[TASK, row]]
     for pixel in range(84 * 84):
-        office = w.region[layout, style, pixel]
+        office = w.region[layout, shown, pixel]
         for channel in range(3):
             if office < 0:
-                pixels[3 * pixel + channel] = w.base[layout, style, pixel, channel]
+                pixels[3 * pixel + channel] = w.base[layout, shown, pixel, channel]
             else:
-                paint = np.int64(w.palette[layout, style, w.colours[layout, task, office], channel])
-                shade = np.int64(w.shade[layout, style, pixel])
+                paint = np.int64(w.palette[layout, shown, colours[office], channel])
+                shade = np.int64(w.shade[layout, shown, pixel])
                 pixels[3 * pixel + channel] = np.uint8((paint * shade + 127) // 255)
 
 
 @_jit
-def _look(w, s, kinds, seen, image, words, rgb):
-    """Writes what a row sees: 147 bytes of symbols into ``image``, or 1176 words of pixels into ``words``."""
-    place = (s[Y] * w.widths[s[LAYOUT]] + s[X]) * 4 + s[DIR]
-    codes = w.views[s[LAYOUT], place]
-    mask = np.int64(1 << (VIEW // 2))
-    for row in range(VIEW - 1, -1, -1):
-        clear = 0
-        for column in range(VIEW):
-            kind = kinds[codes[row * VIEW + column]]
-            seen[row * VIEW + column] = kind
-            clear |= np.int64(kind != _WALL and kind != _CLOSED) << column
-        spread = np.int64(w.light[mask << 7 | clear])
-        for column in range(VIEW):
-            if not spread >> column & 1:
-                seen[row * VIEW + column] = _UNSEEN
-        mask = spread >> 7
-    seen[VIEW * VIEW - 1 - VIEW // 2] += _AGENT
-    if rgb:
-        for row in range(VIEW):
-            for line in range(8):
-                begin = (row * 8 + line) * 21
-                for column in range(VIEW):
-                    kind = seen[row * VIEW + column]
-                    words[begin + 3 * column] = w.atlas[kind, 3 * line]
-                    words[begin + 3 * column + 1] = w.atlas[kind, 3 * line + 1]
-                    words[begin + 3 * column + 2] = w.atlas[kind, 3 * line + 2]
-    else:
-        for row in range(VIEW):
-            for column in range(VIEW):
-                kind = seen[row * VIEW + column]
-                place = (column * VIEW + row) * 3  # MiniGrid's image has x first
-                image[place] = w.symbols[kind, 0]
-                image[place + 1] = w.symbols[kind, 1]
-                image[place + 2] = w.symbols[kind, 2]
-
-
-@_jit
-def _show(w, s, kinds, sign, drawn, row):
-    """Brings the row's sign up to date; ``drawn`` says what is there: an episode's serial, or -1 for black."""
-    on = kinds[w.cells[s[LAYOUT], s[Y] * w.widths[s[LAYOUT]] + s[X]]] == _SIGN
-    wanted = s[SERIAL] if on else -1
-    if drawn[row] != wanted:
-        drawn[row] = wanted
-        if on:
-            draw_sign(w, s, sign[row])
+def _look(w, state, begin, end, only, image, words, rgb, sign, drawn, on_sign):
+    """Writes what environments see; ``only`` restricts it to finished ones, which are then written without gaps."""
+    cells, first, near, which, slots, paint = w.cells, w.first, w.near, w.which, w.slots, w.paint
+    symbols, bands, pixels, atlas, colours, widths = w.symbols, w.bands, w.pixels, w.atlas, w.colours, w.widths
+    most, serial = near.shape[2], 0
+    out = 0
+    for row in range(begin, end):
+        if only and not state[DONE, row]:
+            continue
+        layout, doors = state[LAYOUT, row], state[DOORS, row]
+        cell = state[Y, row] * widths[layout] + state[X, row]
+        pose = cell * 4 + state[DIR, row]
+        case = first[layout, pose]
+        if doors:
+            for bit in range(most):
+                door = near[layout, pose, bit]
+                if door < 0:
+                    break
+                case += (doors >> door & 1) << bit
+        picture = which[case]
+        if rgb:
+            for line in range(VIEW):
+                band = bands[picture, line]
+                for word in range(BAND):
+                    words[out, line * BAND + word] = pixels[band, word]
         else:
-            sign[row] = 0
-    return on
+            for byte in range(VIEW * VIEW * 3):
+                image[out, byte] = symbols[picture, byte]
+        slot = 0
+        while slots[picture, slot, 0] >= 0:
+            place = np.int64(slots[picture, slot, 0])
+            kind = np.int64(_FLOOR + colours[layout, state[TASK, row], slots[picture, slot, 1]])
+            slot += 1
+            y, x = place // VIEW, place % VIEW
+            if place == VIEW * VIEW - 1 - VIEW // 2:
+                kind += _AGENT
+            if rgb:
+                for line in range(8):
+                    for word in range(3):
+                        words[out, (y * 8 + line) * 21 + x * 3 + word] = atlas[kind, line * 3 + word]
+            else:
+                for channel in range(3):
+                    image[out, (x * VIEW + y) * 3 + channel] = paint[kind, channel]
+        on = cells[layout, cell] == CODE_SIGN
+        on_sign[out] = on
+        serial = state[SERIAL, row] if on else -1
+        if drawn[out] != serial:
+            drawn[out] = serial
+            if on:
+                draw_sign(w, state, row, sign[out])
+            else:
+                sign[out] = 0
+        out += 1
 
 
 @_jit
-def observe(w, state, kinds, image, words, rgb, sign, drawn, on_sign, info):
-    """Writes the observation and info of every row.
+def observe(w, state, image, words, rgb, sign, drawn, on_sign):
+    """Writes the observations of all environments.
 
     Args:
         w: The world.
-        state: int64 [B, columns].
-        kinds: uint8 [B, CODES].
+        state: int64 [16, B].
         image: uint8 [B, 147], or anything 2D for pixels.
         words: uint64 [B, 1176], or anything 2D for symbols.
         rgb: Whether pixels are wanted.
         sign: uint64 [B, 2646].
-        drawn: int64 [B], what ``sign`` holds.
+        drawn: int64 [B]: what ``sign`` holds, an episode's serial or -1 for zeros.
         on_sign: int64 [B].
-        info: int64 [6, B].
     """
-    seen = np.empty(VIEW * VIEW, np.uint8)
-    for row in range(len(state)):
-        s = state[row]
-        place = row if rgb else 0
-        _look(w, s, kinds[row], seen, image[row if not rgb else 0], words[place], rgb)
-        on_sign[row] = _show(w, s, kinds[row], sign, drawn, row)
-        info[0, row], info[1, row], info[2, row] = s[TRIAL], s[EPISODE], s[TASK]
-        info[3, row], info[4, row], info[5, row] = s[SHOWN], s[OFFICE], s[SUCCESS]
+    _look(w, state, 0, state.shape[1], False, image, words, rgb, sign, drawn, on_sign)
 
 
 @_jit
-def step(w, state, kinds, actions, mode, rewards, terminated, truncated):
-    """Moves every row.
+def step(w, state, actions, mode, rewards, terminated, truncated):
+    """Moves every environment.
 
     Args:
         w: The world.
-        state: int64 [B, columns].
-        kinds: uint8 [B, CODES].
+        state: int64 [16, B].
         actions: int64 [B].
-        mode: ``SAME_STEP``, ``NEXT_STEP`` or ``DISABLED``; in ``NEXT_STEP`` a finished row is reset instead.
+        mode: ``SAME_STEP``, ``NEXT_STEP`` or ``DISABLED``; in ``NEXT_STEP`` a finished environment is reset instead.
         rewards: float64 [B].
         terminated: bool [B].
         truncated: bool [B].
 
     Returns:
-        How many rows' episodes ended; ``BAD_ACTION - row`` or ``BAD_DONE - row`` if nothing was done for that row's
+        How many episodes ended; ``BAD_ACTION - i`` or ``BAD_DONE - i`` if nothing was done, for environment ``i``'s
         sake.
     """
-    for row in range(len(state)):
-        if actions[row] < 0 or actions[row] >= len(w.actions):
+    number, kinds = state.shape[1], len(w.actions)
+    for row in range(number):
+        if actions[row] < 0 or actions[row] >= kinds:
             return BAD_ACTION - row
-        if mode != NEXT_STEP and state[row, DONE]:
+        if mode != NEXT_STEP and state[DONE, row]:
             return BAD_DONE - row
+    effects, cells, widths, colours, horizon = w.actions, w.cells, w.widths, w.colours, w.limits[0]
     ended = 0
-    for row in range(len(state)):
-        s = state[row]
-        if s[DONE]:
-            _next_episode(w, s, kinds[row])
-            rewards[row] = 0.0
-        else:
-            rewards[row] = _move(w, s, kinds[row], actions[row])
-        terminated[row] = s[DONE] == 1
-        truncated[row] = s[DONE] == 2
-        ended += s[DONE] != 0
+    for row in range(number):
+        if state[DONE, row]:
+            _next_episode(w, state, row)
+            rewards[row], terminated[row], truncated[row] = 0.0, False, False
+            continue
+        effect = effects[actions[row]]
+        state[STEP, row] += 1
+        reward, done = STEP_REWARD, 0
+        if effect == LEFT:
+            state[DIR, row] = (state[DIR, row] + 3) & 3
+        elif effect == RIGHT:
+            state[DIR, row] = (state[DIR, row] + 1) & 3
+        elif effect == FORWARD or effect == TOGGLE:
+            layout, direction = state[LAYOUT, row], state[DIR, row]
+            x, y = state[X, row] + _DX[direction], state[Y, row] + _DY[direction]
+            code = np.int64(cells[layout, y * widths[layout] + x])
+            door = code - CODE_DOOR if CODE_DOOR <= code < CODE_OFFICE else -1
+            if effect == TOGGLE:
+                if door >= 0:
+                    state[DOORS, row] ^= 1 << door
+            elif code != CODE_WALL and (door < 0 or state[DOORS, row] >> door & 1):
+                state[X, row], state[Y, row] = x, y
+                if code >= CODE_OFFICE and colours[layout, state[TASK, row], code - CODE_OFFICE] == GOAL:
+                    reward, done = GOAL_REWARD, 1
+                    state[SUCCESS, row] = 1
+        if done == 0 and state[STEP, row] >= horizon:
+            done = 2
+        state[DONE, row] = done
+        rewards[row], terminated[row], truncated[row] = reward, done == 1, done == 2
+        ended += done != 0
     return ended
 
 
 @_jit
-def finish(w, state, kinds, image, words, rgb, sign, on_sign, info, which):
-    """Writes the last observation and info of the rows that ended, one after the other, and resets those rows.
+def finish(w, state, image, words, rgb, sign, drawn, on_sign, info, which):
+    """Writes the last observation and info of the environments that ended, without gaps, and resets them.
 
     Args:
         w: The world.
-        state: int64 [B, columns].
-        kinds: uint8 [B, CODES].
+        state: int64 [16, B].
         image: uint8 [ended, 147], or anything 2D for pixels.
         words: uint64 [ended, 1176], or anything 2D for symbols.
         rgb: Whether pixels are wanted.
         sign: uint64 [ended, 2646], zeros.
+        drawn: int64 [ended], all -1.
         on_sign: int64 [ended].
         info: int64 [6, ended].
-        which: int64 [ended], set to the rows.
+        which: int64 [ended], set to the environments.
     """
-    seen = np.empty(VIEW * VIEW, np.uint8)
-    blank = np.full(len(which), -1)
+    _look(w, state, 0, state.shape[1], True, image, words, rgb, sign, drawn, on_sign)
     place = 0
-    for row in range(len(state)):
-        s = state[row]
-        if not s[DONE]:
-            continue
-        which[place] = row
-        _look(w, s, kinds[row], seen, image[place if not rgb else 0], words[place if rgb else 0], rgb)
-        on_sign[place] = _show(w, s, kinds[row], sign, blank, place)
-        info[0, place], info[1, place], info[2, place] = s[TRIAL], s[EPISODE], s[TASK]
-        info[3, place], info[4, place], info[5, place] = s[SHOWN], s[OFFICE], s[SUCCESS]
-        place += 1
-        _next_episode(w, s, kinds[row])
+    for row in range(state.shape[1]):
+        if state[DONE, row]:
+            which[place] = row
+            for entry in range(len(info)):
+                info[entry, place] = state[entry, row]
+            place += 1
+            _next_episode(w, state, row)
 
 
 @_jit
-def reset(w, state, kinds, mask, fresh, split, task):
-    """Resets rows.
+def reset(w, state, mask, fresh, split, task):
+    """Resets environments.
 
     Args:
         w: The world.
-        state: int64 [B, columns].
-        kinds: uint8 [B, CODES].
-        mask: bool [B]: the rows to reset.
+        state: int64 [16, B].
+        mask: bool [B]: which.
         fresh: int64 [B]: 0 goes on with the trial, 1 begins the next one, 2 begins trial 0 (a new seed is in place).
-        split: int64 [B]: the split of a trial that begins; negative keeps the row's.
+        split: int64 [B]: the split of a trial that begins; negative keeps the present one.
         task: int64 [B]: its task id; negative draws one.
     """
-    for row in range(len(state)):
+    for row in range(state.shape[1]):
         if not mask[row]:
             continue
-        s = state[row]
         if split[row] >= 0:
-            s[SPLIT] = split[row]
+            state[SPLIT, row] = split[row]
         if fresh[row]:
-            s[TRIAL] = 0 if fresh[row] == 2 else s[TRIAL] + 1
-            _begin_trial(w, s, kinds[row], task[row])
-            _begin_episode(w, s, kinds[row])
+            state[TRIAL, row] = 0 if fresh[row] == 2 else state[TRIAL, row] + 1
+            _begin_trial(w, state, row, task[row])
+            _begin_episode(w, state, row)
         else:
-            _next_episode(w, s, kinds[row])
+            _next_episode(w, state, row)

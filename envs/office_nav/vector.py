@@ -55,8 +55,7 @@ class Rows:
         tables: Its tables.
         world: The tables as the kernels take them.
         default: The number of the split that trials come from after a seed.
-        state: int64 [number, columns], see ``kernels.STATE``.
-        kinds: uint8 [number, codes].
+        state: int64 [16, number], see ``kernels.STATE``.
         started: Which rows have been seeded, bool [number].
     """
 
@@ -65,9 +64,8 @@ class Rows:
         self.variant, self.tables = variant, tables(variant)
         self.world = kernels.world(self.tables)
         self.default = self.tables.split(split)
-        self.state = np.zeros((number, len(kernels.STATE)), np.int64)
-        self.state[:, kernels.SPLIT] = self.default
-        self.kinds = np.zeros((number, kernels.CODES), np.uint8)
+        self.state = np.zeros((len(kernels.STATE), number), np.int64)
+        self.state[kernels.SPLIT] = self.default
         self.started = np.zeros(number, bool)
 
     def reset(
@@ -89,7 +87,7 @@ class Rows:
             UserError: Unknown option or split, an impossible task id or seed, or options that contradict each other.
                 Nothing has been reset then.
         """
-        number = len(self.state)
+        number = self.state.shape[1]
         mask = np.ones(number, bool) if mask is None else mask
         options = dict(options or {})
         for key in options:
@@ -120,7 +118,7 @@ class Rows:
                     raise UserError(
                         f"new_trial=False goes on with a trial, but {what} begins one; leave one of them out"
                     )
-                if self.state[row, kernels.EPISODE] >= self.variant.episodes:
+                if self.state[kernels.EPISODE, row] >= self.variant.episodes:
                     raise UserError(
                         f"new_trial=False: the trial is finished ({self.variant.episodes} of {self.variant.episodes} "
                         f"episodes); reset() or new_trial=True begins the next one"
@@ -128,24 +126,25 @@ class Rows:
             fresh[row] = 2 if begins else int(bool(new) or name is not None or task_id is not None)
         for row in np.flatnonzero(mask & (fresh == 2)):
             seed = int(seeds[row] if seeds[row] is not None else draw_seed())
-            self.state[row, kernels.SEED] = np.uint64(seed % (1 << 64)).astype(np.int64)
-        kernels.reset(self.world, self.state, self.kinds, mask, fresh, split, task)
+            self.state[kernels.SEED, row] = np.uint64(seed % (1 << 64)).astype(np.int64)
+        kernels.reset(self.world, self.state, mask, fresh, split, task)
         self.started |= mask
 
     def _each(self, key: str, value: Any, types: Any) -> Sequence[Any]:
+        number = self.state.shape[1]
         if value is None or isinstance(value, types):
-            return [value] * len(self.state)
+            return [value] * number
         if isinstance(value, np.ndarray):
             value = value.tolist()
         if key == "task_id" and isinstance(value, (bool, float, str, dict)):
-            return [value] * len(self.state)  # refused with the ids that exist
-        if not isinstance(value, (list, tuple)) or len(value) != len(self.state):
-            raise UserError(f"{key} {value!r}: give one value, or {len(self.state)}, one for each environment")
+            return [value] * number  # refused with the ids that exist
+        if not isinstance(value, (list, tuple)) or len(value) != number:
+            raise UserError(f"{key} {value!r}: give one value, or {number}, one for each environment")
         return value
 
     def phrase(self, row: int) -> str:
         """What the row's sign says; for a picture, its style."""
-        s = self.state[row]
+        s = self.state[:, row]
         if self.variant.sign == "text":
             return self.tables.phrases[s[kernels.LAYOUT]][s[kernels.SHOWN]]
         from fleetgym.envs.office_nav import signs
@@ -155,7 +154,7 @@ class Rows:
     def sign(self, row: int) -> np.ndarray:
         """What hangs at the sign's place now, uint8 [84, 84, 3]; a new array."""
         words = np.empty(kernels.SIGN_WORDS, np.uint64)
-        kernels.draw_sign(self.world, self.state[row], words)
+        kernels.draw_sign(self.world, self.state, row, words)
         return words.view(np.uint8).reshape(84, 84, 3)
 
     def frame(self, row: int) -> np.ndarray:
@@ -248,11 +247,12 @@ class OfficeNavVectorEnv(VectorEnv):
     def _observe(self) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
         self._turn ^= 1
         image, sign, words, sign_words = self._buffers[self._turn]
-        on_sign, info = np.empty(self.num_envs, np.int64), np.empty((len(kernels.INFO), self.num_envs), np.int64)
+        on_sign = np.empty(self.num_envs, np.int64)
         rows = self._rows
         flat = image.reshape(self.num_envs, -1)
         drawn = self._drawn[self._turn]
-        kernels.observe(rows.world, rows.state, rows.kinds, flat, words, self._rgb, sign_words, drawn, on_sign, info)
+        kernels.observe(rows.world, rows.state, flat, words, self._rgb, sign_words, drawn, on_sign)
+        info = rows.state[: len(kernels.INFO)].copy()
         if self.copy:
             image, sign = image.copy(), sign.copy()
         return {"image": image, "sign": sign, "on_sign": on_sign}, self._infos(info, self._all)
@@ -324,7 +324,7 @@ class OfficeNavVectorEnv(VectorEnv):
         actions = np.ascontiguousarray(actions, np.int64)
         rewards = np.empty(number)
         terminated, truncated = np.empty(number, bool), np.empty(number, bool)
-        ended = kernels.step(rows.world, rows.state, rows.kinds, actions, self._mode, rewards, terminated, truncated)
+        ended = kernels.step(rows.world, rows.state, actions, self._mode, rewards, terminated, truncated)
         if ended < 0:
             self._refuse(ended, actions)
         if not ended or self._mode != kernels.SAME_STEP:
@@ -332,9 +332,9 @@ class OfficeNavVectorEnv(VectorEnv):
             return observation, rewards, terminated, truncated, infos
         image, sign, words, sign_words = self._arrays(ended)
         on_sign, info = np.empty(ended, np.int64), np.empty((len(kernels.INFO), ended), np.int64)
-        which = np.empty(ended, np.int64)
+        which, drawn = np.empty(ended, np.int64), np.full(ended, -1)
         flat = image.reshape(ended, -1)
-        kernels.finish(rows.world, rows.state, rows.kinds, flat, words, self._rgb, sign_words, on_sign, info, which)
+        kernels.finish(rows.world, rows.state, flat, words, self._rgb, sign_words, drawn, on_sign, info, which)
         observation, infos = self._observe()
         final = np.full(number, None, object)
         for row, *parts in zip(which.tolist(), image, sign, on_sign):
