@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import gymnasium as gym
-import numba
 import numpy as np
 from gymnasium import spaces
 from gymnasium.vector import AutoresetMode, VectorEnv
@@ -24,21 +23,12 @@ from gymnasium.vector.utils import batch_space
 
 from fleetgym.core.errors import UserError, unknown
 from fleetgym.envs.office_nav import glyphs, raycast
-from fleetgym.envs.office_nav.raycast import blocked, draw, segment_distance2
+from fleetgym.envs.office_nav.raycast import CRATE, OFFICES, RADIUS
 from fleetgym.envs.office_nav.rng import SIGN, TASK, UNIT, bits, pick, top24
 
 HORIZON = 30
 EPISODES = 2
-OFFICES = 4
 ACTIONS = ("left", "right", "forward", "open")
-LEFT, RIGHT, FORWARD, OPEN = range(4)
-TURN, STRIDE = math.pi / 6, 0.7
-#: Radius of the agent, and half the side of a coloured box, metres.
-RADIUS, CRATE = 0.4, 0.4
-#: From the blue box's middle, metres: both radii and 1.1 steps, as in Miniworld's ``near``.
-NEAR = RADIUS + CRATE * math.sqrt(2.0) + 1.1 * STRIDE
-#: Doors that are closer than this are opened, metres.
-REACH = 1.6
 SPLITS = ("train", "test", "phrases", "layout", "style")
 #: Interiors: of the training buildings, of the held-out buildings, and of the held-out style.
 TRAIN_LOOKS, TEST_LOOKS, STYLE_LOOKS = 50, 10, 10
@@ -247,77 +237,6 @@ def phrase_table(split: str = "train") -> np.ndarray:
 # ---------------------------------------------------------------------------------------------------- the rules
 
 
-@numba.njit(cache=True)
-def _picture(frame, one, scene, textures, signs, looks, crate_textures):
-    crates = np.empty((OFFICES, 8))
-    other = 1
-    for office in range(OFFICES):
-        crates[office, 0], crates[office, 1] = 1.2, 3.0 * (OFFICES - 1 - office) + 1.2
-        crates[office, 2], crates[office, 5] = CRATE, 2 * CRATE
-        crates[office, 3], crates[office, 4] = math.cos(one.turns[office]), math.sin(one.turns[office])
-        crates[office, 6] = 5 + 3 * office
-        if office == one.goal:
-            crates[office, 7] = crate_textures[one.look, 0]
-        else:
-            crates[office, 7] = crate_textures[one.look, other]
-            other += 1
-    look = looks[one.look]
-    draw(
-        frame, scene, one.x, one.z, one.heading, one.doors, look[:3], look[3], look[4], look[5], crates, textures,
-        signs[one.phrase],
-    )  # fmt: skip
-
-
-@numba.njit(cache=True)
-def _pictures(frames, state, which, scenes, textures, signs, looks, crate_textures):
-    """Draws the frames of the environments for which ``which`` is true."""
-    for index in range(state.shape[0]):
-        if which[index]:
-            one = state[index]
-            _picture(frames[index], one, scenes[one.layout], textures, signs, looks, crate_textures)
-
-
-@numba.njit(cache=True)
-def _move(one, scene, action):
-    """One step of one environment; returns whether the blue box is reached."""
-    if action == LEFT:
-        one.heading += TURN
-    elif action == RIGHT:
-        one.heading -= TURN
-    elif action == FORWARD:
-        x, z = one.x + STRIDE * math.cos(one.heading), one.z - STRIDE * math.sin(one.heading)
-        free = not blocked(scene, x, z, RADIUS, one.doors)
-        for office in range(OFFICES):
-            dx, dz = x - 1.2, z - (3.0 * (OFFICES - 1 - office) + 1.2)
-            if dx * dx + dz * dz < (RADIUS + CRATE * math.sqrt(2.0)) ** 2:
-                free = False
-        if free:
-            one.x, one.z = x, z
-    else:
-        for door in range(scene.doors.shape[0]):
-            if segment_distance2(one.x, one.z, scene.doors[door]) < REACH * REACH:
-                one.doors |= 1 << door
-    one.steps += 1
-    dx, dz = one.x - 1.2, one.z - (3.0 * (OFFICES - 1 - one.goal) + 1.2)
-    return dx * dx + dz * dz < NEAR * NEAR
-
-
-@numba.njit(cache=True)
-def _advance(
-    frames, state, actions, stepping, scenes, textures, signs, looks, crates, horizon, reward, terminated, truncated
-):
-    """Steps the environments for which ``stepping`` is true, and draws all; the others get reward 0 and no end."""
-    for index in range(state.shape[0]):
-        one = state[index]
-        reward[index], terminated[index], truncated[index] = 0.0, False, False
-        if stepping[index]:
-            if _move(one, scenes[one.layout], actions[index]):
-                reward[index], terminated[index] = 1.0, True
-            truncated[index] = one.steps >= horizon and not terminated[index]
-            one.running = 0 if terminated[index] or truncated[index] else 1
-        _picture(frames[index], one, scenes[one.layout], textures, signs, looks, crates)
-
-
 class _Trials:
     """The states of n environments and all that happens to them; the single environment is n = 1 of the same code."""
 
@@ -476,13 +395,13 @@ class _Trials:
 
     def draw(self, frames: np.ndarray, which: np.ndarray) -> None:
         """Draws the frames [n, height, width, 3] of those for which ``which`` is true."""
-        _pictures(frames, self.state, which, *self._tables)
+        raycast.pictures(frames, self.state, which, *self._tables)
 
     def advance(self, frames: np.ndarray, actions: np.ndarray, stepping: np.ndarray) -> tuple[np.ndarray, ...]:
         """Steps those for which ``stepping`` is true and draws all; reward, terminated, truncated."""
         size = len(self.state)
         ends = np.empty(size), np.empty(size, bool), np.empty(size, bool)
-        _advance(frames, self.state, actions, stepping, *self._tables, self.horizon, *ends)
+        raycast.advance(frames, self.state, actions, stepping, *self._tables, self.horizon, *ends)
         return ends
 
     def overview(self, index: int, scale: int = 16) -> np.ndarray:
@@ -507,7 +426,7 @@ class _Trials:
         names, boxes = iter(world().crates[one["look"], 1:]), {}
         for office in range(OFFICES):
             texture = world().crates[one["look"], 0] if office == one["goal"] else next(names)
-            boxes[office] = world().textures[texture, -1]
+            boxes[office] = world().textures[texture, -1:].view(np.uint8)[:3]
             x, z = office_centre(office)
             fill(x - CRATE, x + CRATE, z - CRATE, z + CRATE, tuple(boxes[office]))
         z, x = (np.indices((height, width)) + 0.5) / scale
@@ -519,7 +438,7 @@ class _Trials:
     def render(self, index: int) -> np.ndarray:
         """The view four times as fine beside the building from above, RGB [240, 692, 3]."""
         frame = np.zeros((1, 4 * raycast.HEIGHT, 4 * raycast.WIDTH, 3), np.uint8)
-        _pictures(frame, self.state[index : index + 1], np.ones(1, bool), *self._tables)
+        raycast.pictures(frame, self.state[index : index + 1], np.ones(1, bool), *self._tables)
         return np.concatenate([frame[0], self.overview(index, 20)], 1)
 
     def __getstate__(self) -> dict[str, Any]:

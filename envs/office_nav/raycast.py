@@ -4,6 +4,9 @@ The world is a set of axis-aligned rectangles (rooms and doorways) joined by por
 is in through one of four sides; where there is an open portal it goes on in the next rectangle, else it has found its
 wall. That needs one to five steps a ray instead of one a grid cell, and coordinates need not lie on a grid.
 
+The compiled rules of ``OfficeNav3D-v0`` stand at the end of this file, because numba's cache does not notice when a
+compiled function in another file changes.
+
 Axes: x to the right and z downwards on a floor plan, y up; units are metres. A heading of 0 looks along +x, pi/2 along
 -z, so that a growing heading turns left.
 """
@@ -30,6 +33,16 @@ MIP_OFFSETS = np.cumsum([0, *(size * size for size in _MIP_SIZES[:-1])]).astype(
 #: Texels are this many times finer on the sign than its bitmap, so that area means need no interpolation.
 SIGN_SCALE = 4
 _MAX_HITS = 24
+
+OFFICES = 4
+LEFT, RIGHT, FORWARD, OPEN = range(4)
+TURN, STRIDE = math.pi / 6, 0.7
+#: Radius of the agent, and half the side of a coloured box, metres.
+RADIUS, CRATE = 0.4, 0.4
+#: From the blue box's middle, metres: both radii and 1.1 steps, as in Miniworld's ``near``.
+NEAR = RADIUS + CRATE * math.sqrt(2.0) + 1.1 * STRIDE
+#: Doors that are closer than this are opened, metres.
+REACH = 1.6
 
 
 class Scene(NamedTuple):
@@ -209,12 +222,17 @@ def painted(tint: tuple[float, float, float]) -> np.ndarray:
 
 
 def pyramid(pictures: list[np.ndarray]) -> np.ndarray:
-    """Textures with all their halvings: [number, 5461, 3], uint8; level l begins at ``MIP_OFFSETS[l]``."""
-    result = np.zeros((len(pictures), MIP_OFFSETS[-1] + 1, 3), np.uint8)
+    """Textures with all their halvings: [number, 5461], uint32; level l begins at ``MIP_OFFSETS[l]``.
+
+    Columns of the picture lie one after the other, because walls are drawn by columns. A texel has red in its lowest
+    byte, then green, then blue.
+    """
+    result = np.zeros((len(pictures), MIP_OFFSETS[-1] + 1), np.uint32)
     for index, picture in enumerate(pictures):
         level = np.clip(picture, 0, 255).astype(np.float64)
         for size, offset in zip(_MIP_SIZES, MIP_OFFSETS):
-            result[index, offset : offset + size * size] = np.rint(level).reshape(-1, 3)
+            texels = np.rint(level).astype(np.uint32).transpose(1, 0, 2).reshape(-1, 3)
+            result[index, offset : offset + size * size] = texels @ np.array([1, 1 << 8, 1 << 16], np.uint32)
             if size > 1:
                 level = level.reshape(size // 2, 2, size // 2, 2, 3).mean((1, 3))
     return result
@@ -293,6 +311,15 @@ def _level(texels_per_pixel):
 
 
 @numba.njit(cache=True, inline="always")
+def _put(frame, row, column, texel, light):
+    """Writes a texel times light / 256; red and blue are multiplied at once."""
+    pair = ((texel & np.uint32(0xFF00FF)) * light) >> 8
+    frame[row, column, 0] = pair & 255
+    frame[row, column, 1] = (((texel >> 8) & 255) * light) >> 8
+    frame[row, column, 2] = (pair >> 16) & 255
+
+
+@numba.njit(cache=True, inline="always")
 def _fade(depth):
     return _clamp(1.06 - 0.03 * depth, 0.5, 1.0)
 
@@ -307,15 +334,13 @@ def _slice(frame, column, depth, low, high, texture, u, shade, rows_per_texture)
     first, last = max(0, int(math.ceil(top))), min(height - 1, int(math.floor(bottom)))
     level = _level(depth * pitch * TEXELS / rows_per_texture)
     size = TEXELS >> level
-    offset = MIP_OFFSETS[level] + min(size - 1, int(u * size))
+    offset = MIP_OFFSETS[level] + min(size - 1, int(u * size)) * size
     light = int(256.0 * shade * _fade(depth))
     step = depth * pitch / rows_per_texture * size
     v = (high - EYE) / rows_per_texture * size - ((height - 1) * 0.5 - first) * step
     for row in range(first, last + 1):
-        texel = offset + (int(v) & (size - 1)) * size
-        frame[row, column, 0] = (texture[texel, 0] * light) >> 8
-        frame[row, column, 1] = (texture[texel, 1] * light) >> 8
-        frame[row, column, 2] = (texture[texel, 2] * light) >> 8
+        texel = offset + (int(v) & (size - 1))
+        _put(frame, row, column, texture[texel], light)
         v += step
     return first, last
 
@@ -329,10 +354,8 @@ def _plane(frame, column, start, end, texture, x, z, ray_x, ray_z, row_depth, ro
         scale = size / TILE
         # 64 tiles are added because the eye may see beyond the origin, and int() rounds towards zero.
         u, v = int((x + away * ray_x + 64 * TILE) * scale), int((z + away * ray_z + 64 * TILE) * scale)
-        texel = MIP_OFFSETS[level] + (v & (size - 1)) * size + (u & (size - 1))
-        frame[row, column, 0] = (texture[texel, 0] * light) >> 8
-        frame[row, column, 1] = (texture[texel, 1] * light) >> 8
-        frame[row, column, 2] = (texture[texel, 2] * light) >> 8
+        texel = MIP_OFFSETS[level] + (u & (size - 1)) * size + (v & (size - 1))
+        _put(frame, row, column, texture[texel], light)
 
 
 @numba.njit(cache=True)
@@ -478,10 +501,11 @@ def draw(frame, scene, x, z, heading, open_doors, wall_materials, floor, ceiling
                 start = max(0, int(math.ceil(middle - (high - EYE) / (far * pitch))))
                 end = min(height - 1, int(math.floor(middle - (high - EYE) / (near * pitch))))
                 light = int(256.0 * 1.1 * _fade(near))
-                for row in range(start, end + 1):  # the smallest level: the texture's mean
-                    frame[row, column, 0] = min(255, (texture[MIP_OFFSETS[6], 0] * light) >> 8)
-                    frame[row, column, 1] = min(255, (texture[MIP_OFFSETS[6], 1] * light) >> 8)
-                    frame[row, column, 2] = min(255, (texture[MIP_OFFSETS[6], 2] * light) >> 8)
+                mean = texture[MIP_OFFSETS[6]]  # the smallest level
+                for row in range(start, end + 1):
+                    frame[row, column, 0] = min(255, ((mean & 255) * light) >> 8)
+                    frame[row, column, 1] = min(255, (((mean >> 8) & 255) * light) >> 8)
+                    frame[row, column, 2] = min(255, (((mean >> 16) & 255) * light) >> 8)
             u, tile = _clamp(hit_u[farthest], 0.0, 0.999), hit_tile[farthest]
             _slice(frame, column, near, hit_low[farthest], high, texture, u, hit_shade[farthest], tile)
             hit_depth[farthest] = -1.0
@@ -518,3 +542,78 @@ def _draw_sign(frame, column, scene, x, z, forward_x, forward_z, across, depth, 
         frame[row, column, 0] = mean
         frame[row, column, 1] = mean
         frame[row, column, 2] = mean
+
+
+# ---------------------------------------------------------------------------------------------------- the office
+
+
+@numba.njit(cache=True)
+def _picture(frame, one, scene, textures, signs, looks, crate_textures):
+    # One environment's frame; its boxes stand where its building has them.
+    crates = np.empty((OFFICES, 8))
+    other = 1
+    for office in range(OFFICES):
+        crates[office, 0], crates[office, 1] = 1.2, 3.0 * (OFFICES - 1 - office) + 1.2
+        crates[office, 2], crates[office, 5] = CRATE, 2 * CRATE
+        crates[office, 3], crates[office, 4] = math.cos(one.turns[office]), math.sin(one.turns[office])
+        crates[office, 6] = 5 + 3 * office
+        if office == one.goal:
+            crates[office, 7] = crate_textures[one.look, 0]
+        else:
+            crates[office, 7] = crate_textures[one.look, other]
+            other += 1
+    look = looks[one.look]
+    draw(
+        frame, scene, one.x, one.z, one.heading, one.doors, look[:3], look[3], look[4], look[5], crates, textures,
+        signs[one.phrase],
+    )  # fmt: skip
+
+
+@numba.njit(cache=True)
+def pictures(frames, state, which, scenes, textures, signs, looks, crate_textures):
+    """Draws the frames of the environments for which ``which`` is true."""
+    for index in range(state.shape[0]):
+        if which[index]:
+            one = state[index]
+            _picture(frames[index], one, scenes[one.layout], textures, signs, looks, crate_textures)
+
+
+@numba.njit(cache=True)
+def _move(one, scene, action):
+    """One step of one environment; returns whether the blue box is reached."""
+    if action == LEFT:
+        one.heading += TURN
+    elif action == RIGHT:
+        one.heading -= TURN
+    elif action == FORWARD:
+        x, z = one.x + STRIDE * math.cos(one.heading), one.z - STRIDE * math.sin(one.heading)
+        free = not blocked(scene, x, z, RADIUS, one.doors)
+        for office in range(OFFICES):
+            dx, dz = x - 1.2, z - (3.0 * (OFFICES - 1 - office) + 1.2)
+            if dx * dx + dz * dz < (RADIUS + CRATE * math.sqrt(2.0)) ** 2:
+                free = False
+        if free:
+            one.x, one.z = x, z
+    else:
+        for door in range(scene.doors.shape[0]):
+            if segment_distance2(one.x, one.z, scene.doors[door]) < REACH * REACH:
+                one.doors |= 1 << door
+    one.steps += 1
+    dx, dz = one.x - 1.2, one.z - (3.0 * (OFFICES - 1 - one.goal) + 1.2)
+    return dx * dx + dz * dz < NEAR * NEAR
+
+
+@numba.njit(cache=True)
+def advance(
+    frames, state, actions, stepping, scenes, textures, signs, looks, crates, horizon, reward, terminated, truncated
+):
+    """Steps the environments for which ``stepping`` is true, and draws all; the others get reward 0 and no end."""
+    for index in range(state.shape[0]):
+        one = state[index]
+        reward[index], terminated[index], truncated[index] = 0.0, False, False
+        if stepping[index]:
+            if _move(one, scenes[one.layout], actions[index]):
+                reward[index], terminated[index] = 1.0, True
+            truncated[index] = one.steps >= horizon and not terminated[index]
+            one.running = 0 if terminated[index] or truncated[index] else 1
+        _picture(frames[index], one, scenes[one.layout], textures, signs, looks, crates)

@@ -15,18 +15,9 @@ from gymnasium.utils.env_checker import check_env
 from gymnasium.vector import AutoresetMode
 
 from fleetgym.core.errors import UserError
-from fleetgym.envs.office_nav import env3d
-from fleetgym.envs.office_nav.env3d import (
-    FORWARD,
-    HELD_OUT,
-    LEFT,
-    OPEN,
-    PHRASES,
-    RIGHT,
-    SPLITS,
-    OfficeNav3DEnv,
-    OfficeNav3DVectorEnv,
-)
+from fleetgym.envs.office_nav import env3d, raycast
+from fleetgym.envs.office_nav.env3d import HELD_OUT, PHRASES, SPLITS, OfficeNav3DEnv, OfficeNav3DVectorEnv
+from fleetgym.envs.office_nav.raycast import FORWARD, LEFT, OPEN, RIGHT
 
 NUM_ENVS = 6
 
@@ -375,7 +366,7 @@ def test_only_the_blue_box_counts(goal):
         assert (reward, terminated, info["success"]) == ((1.0, True, True) if office == goal else (0.0, False, False))
         if office == goal:
             distance = math.hypot(env.pose[0] - x, env.pose[1] - z)
-            assert distance < env3d.NEAR < distance + env3d.STRIDE
+            assert distance < raycast.NEAR < distance + raycast.STRIDE
 
 
 def test_doors_block_until_opened_and_close_again(env):
