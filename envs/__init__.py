@@ -8,6 +8,9 @@ from fleetgym.envs.suite import SUITES, EnvSuite, Task, suite
 __all__ = ["SUITES", "EnvSuite", "Task", "register_envs", "suite"]
 
 
+SUITES.register("office_nav", "fleetgym.envs.office_nav.suite:OFFICE_NAV")
+
+
 def register_envs() -> None:
     """Registers every environment with Gymnasium: strings only, nothing heavy is imported. May be called twice."""
     from gymnasium.envs.registration import register, registry

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from typing import Any
 
 import gymnasium as gym
@@ -64,6 +65,7 @@ class OfficeNavEnv(gym.Env):
         self.render_mode = render_mode
         self.observation_space = observation_space(self.variant)
         self.action_space = spaces.Discrete(len(self.variant.actions))
+        self._kinds = len(self.variant.actions)
         self._rows = Rows(self.variant, split, 1)
         self._rgb = self.variant.view == "rgb"
         self._reward, self._flags = np.zeros(1), (np.zeros(1, bool), np.zeros(1, bool))
@@ -120,10 +122,10 @@ class OfficeNavEnv(gym.Env):
         """
         rows = self._rows
         try:
-            number = int(action) if not isinstance(action, (float, str, bool)) else -1
-        except (TypeError, ValueError):
+            number = -1 if isinstance(action, bool) else operator.index(action)
+        except TypeError:
             number = -1
-        if not 0 <= number < len(self.variant.actions) or (isinstance(action, np.ndarray) and action.dtype.kind == "f"):
+        if not 0 <= number < self._kinds:
             allowed = ", ".join(f"{index} {name}" for index, name in enumerate(self.variant.actions))
             raise UserError(f"action {action!r} does not exist; the actions are {allowed}")
         if not rows.started[0]:

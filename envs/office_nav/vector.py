@@ -68,6 +68,15 @@ class Rows:
         self.state[kernels.SPLIT] = self.default
         self.started = np.zeros(number, bool)
 
+    def __getstate__(self) -> dict[str, Any]:
+        # The tables are built anew from the variant: they are large, and shared within a process.
+        return {key: value for key, value in self.__dict__.items() if key not in ("tables", "world")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self.tables = tables(self.variant)
+        self.world = kernels.world(self.tables)
+
     def reset(
         self,
         seeds: Sequence[int | None],
@@ -177,7 +186,8 @@ class OfficeNavVectorEnv(VectorEnv):
     until the step after the next. Copy what you keep, or ask for ``copy=True``.
 
     All three autoreset modes are there. In ``SAME_STEP`` the observations and infos of episodes that ended are in
-    ``infos["final_obs"]`` and ``infos["final_info"]``, as Gymnasium has them.
+    ``infos["final_obs"]`` and ``infos["final_info"]``, as Gymnasium has them; signs that are not seen are there one
+    array of zeros that cannot be written.
     """
 
     metadata = {"render_modes": ["rgb_array", "ansi"], "render_fps": 10}
@@ -226,11 +236,24 @@ class OfficeNavVectorEnv(VectorEnv):
         self._rows = Rows(self.variant, split, self.num_envs)
         self._mode = _MODES[self.autoreset_mode]
         self._rgb = self.variant.view == "rgb"
+        self._blank = np.zeros((84, 84, 3), np.uint8)
         self._all = np.ones(self.num_envs, bool)
-        self._all.flags.writeable = False
+        self._blank.flags.writeable = self._all.flags.writeable = False
+        self._make_buffers()
+
+    def _make_buffers(self) -> None:
         self._buffers = [self._arrays(self.num_envs) for _ in range(2)]
         self._drawn = [np.full(self.num_envs, -1) for _ in range(2)]
         self._turn = 0
+
+    def __getstate__(self) -> dict[str, Any]:
+        # The buffers hold two views of the same memory, which pickling would part; all is written anew by a step.
+        return {key: value for key, value in self.__dict__.items() if key not in ("_buffers", "_drawn", "_turn")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._blank.flags.writeable = self._all.flags.writeable = False
+        self._make_buffers()
 
     def _arrays(self, number: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
         """Image and sign for a number of rows, and both as the kernels want them: (image, sign, words, sign words)."""
@@ -337,8 +360,9 @@ class OfficeNavVectorEnv(VectorEnv):
         kernels.finish(rows.world, rows.state, flat, words, self._rgb, sign_words, drawn, on_sign, info, which)
         observation, infos = self._observe()
         final = np.full(number, None, object)
-        for row, *parts in zip(which.tolist(), image, sign, on_sign):
-            final[row] = dict(zip(("image", "sign", "on_sign"), parts))
+        final[which] = [{"image": picture, "sign": self._blank, "on_sign": on} for picture, on in zip(image, on_sign)]
+        for place in np.flatnonzero(on_sign):
+            final[which[place]]["sign"] = sign[place]
         done = terminated | truncated
         spread = np.zeros((len(info), number), np.int64)
         spread[:, which] = info
