@@ -83,9 +83,8 @@ def _scene(shifted: bool, desk: int, couch: int, chair: int) -> raycast.Scene:
     door, board = ((4.0, 8.0), 6.0) if not shifted else ((5.9, 9.9), 7.6)
     rects = [(3.6, 9.6, 0.0, 12.0, 0), (9.6, 10.8, *door, 0), (10.8, 18.6, 0.0, 12.0, 2)]
     links = [(0, 1, 1, *door, -1), (1, 2, 1, *door, OFFICES)]
-    middle, half = 0.5 * (door[0] + door[1]), 0.5 * (door[1] - door[0])
+    half = 0.5 * (door[1] - door[0])
     leaves = [(2, 0, door[0], door[0] - half, OFFICES), (2, 0, door[1], door[1] + half, OFFICES)]
-    assert middle + 2 * half <= 12.0
     for office in range(OFFICES):
         centre, opening = office_centre(office)[1], 2.4 * 3 / 7
         low, high, first = centre - opening, centre + opening, len(rects)
@@ -102,8 +101,8 @@ def _scene(shifted: bool, desk: int, couch: int, chair: int) -> raycast.Scene:
         ((8.6, 1.3), 0.9, 0.4, 0.0, 0.45, couch),
         ((8.6, 0.85), 0.9, 0.12, 0.45, 1.0, couch),
     ]
-    if shifted:  # turned upside down on the plan
-        pieces = [((13.2 - x - 0.4, 12.0 - z), *rest) for (x, z), *rest in pieces]
+    if shifted:
+        pieces = [((x, 12.0 - z), *rest) for (x, z), *rest in pieces]
     furniture = [(*at, half_x, half_z, low, high, 0, texture) for at, half_x, half_z, low, high, texture in pieces]
     return raycast.build_scene(rects, links, leaves, furniture, (2, board - 4.2, board + 4.2, 0.05, 2.69))
 
