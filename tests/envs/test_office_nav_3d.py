@@ -44,7 +44,7 @@ def walk_to(env, goal_x, goal_z, steps=60):
     outcome = None
     for _ in range(steps):
         x, z, heading = env.pose
-        if math.hypot(goal_x - x, goal_z - z) < 0.75:
+        if math.hypot(goal_x - x, goal_z - z) < 0.5:
             return outcome
         off = (math.atan2(-(goal_z - z), goal_x - x) - heading + math.pi) % (2 * math.pi) - math.pi
         if abs(off) > math.pi / 12 + 1e-9:
@@ -390,19 +390,35 @@ def test_doors_block_until_opened_and_close_again(env):
     assert env._trials.state["doors"][0] == 0  # too far
 
 
+def shortest(scene, pose, reached):
+    """The fewest turns and steps from a pose to where ``reached(x, z)``, all doors being open."""
+    (x, z, heading), seen, ways = pose, set(), 0
+    places = [(x, z, 0)]
+    while places:
+        following = []
+        for x, z, turn in places:
+            if reached(x, z):
+                return ways
+            angle = heading + turn * raycast.TURN
+            ahead = (x + raycast.STRIDE * math.cos(angle), z - raycast.STRIDE * math.sin(angle), turn)
+            for place in (ahead, (x, z, (turn + 1) % 12), (x, z, (turn - 1) % 12)):
+                key = round(place[0] / 0.3), round(place[1] / 0.3), place[2]
+                if key not in seen and (place[2] != turn or not raycast.blocked(scene, *place[:2], 0.4, 31)):
+                    seen.add(key)
+                    following.append(place)
+        places, ways = following, ways + 1
+
+
 @pytest.mark.parametrize("split, door", [("test", 6.0), ("layout", 7.9)])
-def test_sign_can_be_reached_and_the_office_after_it(split, door):
-    """Within two episodes of 30 steps: read in the first, walk in the second, for each goal and some starts."""
+def test_thirty_steps_do_for_the_sign_and_for_each_office(split, door):
+    """Reading in the first episode, walking in the second: each needs one more step, to open the door."""
     env = OfficeNav3DEnv(split=split)
-    for seed, goal in itertools.product(range(3), range(4)):
-        env.reset(seed=seed, options={"task_id": 200 + goal, "split": split})
-        walk_to(env, 9.0, door)
-        walk_to(env, 12.4, door)
-        assert env.pose[0] > 11.5
-        env.reset()
-        z = env3d.office_centre(goal)[1]
-        walk_to(env, 5.0, z)
-        assert walk_to(env, 1.2, z)[1] == 1.0
+    env.reset(seed=2)
+    scene = env3d.world().scenes[env._trials.state["layout"][0]]
+    assert shortest(scene, env.pose, lambda x, z: x > 11.5 and abs(z - door) < 1.5) < 25
+    for office in range(4):
+        x0, z0 = env3d.office_centre(office)
+        assert shortest(scene, env.pose, lambda x, z: math.hypot(x - x0, z - z0) < raycast.NEAR) < 25  # noqa: B023
 
 
 # ------------------------------------------------------------------------------------------------ the pictures
