@@ -79,7 +79,7 @@ class OfficeNavEnv(gym.Env):
         flat = image.reshape(1, -1)
         words = flat.view(np.uint64) if self._rgb else self._nothing
         sign_words, drawn = sign.reshape(1, -1).view(np.uint64), np.full(1, -1)
-        kernels.observe(rows.world, rows.state, flat, words, self._rgb, sign_words, drawn, self._on_sign)
+        kernels.observe(rows.sights, rows.state, flat, words, self._rgb, sign_words, drawn, self._on_sign)
         trial, episode, task, shown, goal, success = rows.state[: len(kernels.INFO), 0].tolist()
         info = {
             "trial": trial,
@@ -132,7 +132,7 @@ class OfficeNavEnv(gym.Env):
             raise UserError("step before reset; call reset() first")
         self._action[0] = number
         terminated, truncated = self._flags
-        code = kernels.step(rows.world, rows.state, self._action, kernels.DISABLED, self._reward, terminated, truncated)
+        code = kernels.step(rows.rules, rows.state, self._action, kernels.DISABLED, self._reward, terminated, truncated)
         if code < 0:
             raise UserError("the episode has ended; call reset() before the next step")
         observation, info = self._observe()

@@ -57,21 +57,12 @@ def _jit(function):
         return numba.njit(nogil=True)(function)
 
 
-class World(NamedTuple):
-    """The tables of a variant as the kernels want them; see ``Tables`` and ``world``."""
+class Rules(NamedTuple):
+    """What moves and resets look up; see ``Tables`` and ``world``."""
 
     cells: np.ndarray  # uint8 [L, cells]: the code of each cell, y * width + x
-    first: np.ndarray  # int64 [L, cells * 4]: a pose's first case; the others follow, one for each set of open doors
-    near: np.ndarray  # int8 [L, cells * 4, doors]: the doors that count, -1 after the last
-    which: np.ndarray  # int16 [cases]: the picture of a case
-    symbols: np.ndarray  # uint8 [pictures, 147]
-    bands: np.ndarray  # int16 [pictures, 7]: their rows of tiles
-    pixels: np.ndarray  # uint64 [rows of tiles, 168]
-    slots: np.ndarray  # int8 [pictures, offices, 2]: where offices are seen (row * 7 + column) and which, -1 at the end
     widths: np.ndarray  # int64 [L]
     starts: np.ndarray  # int64 [L, 3]
-    paint: np.ndarray  # uint8 [kinds, 3]: the symbols of a tile
-    atlas: np.ndarray  # uint64 [kinds, 24]
     actions: np.ndarray  # int64 [number of actions]: left, right, forward, toggle, or 4 for no effect
     colours: np.ndarray
     goals: np.ndarray
@@ -81,13 +72,30 @@ class World(NamedTuple):
     cumulative: np.ndarray
     style_pools: np.ndarray
     style_start: np.ndarray
+    limits: np.ndarray  # int64: horizon, episodes, whether signs are text
+
+
+class Sights(NamedTuple):
+    """What views and signs look up; apart from ``Rules``, as every array that is passed takes its time."""
+
+    cells: np.ndarray
+    widths: np.ndarray
+    colours: np.ndarray
+    first: np.ndarray  # int64 [L, cells * 4]: a pose's first case; the others follow, one for each set of open doors
+    near: np.ndarray  # int8 [L, cells * 4, doors]: the doors that count, -1 after the last
+    which: np.ndarray  # int16 [cases]: the picture of a case
+    symbols: np.ndarray  # uint8 [pictures, 147]
+    bands: np.ndarray  # int16 [pictures, 7]: their rows of tiles
+    pixels: np.ndarray  # uint64 [rows of tiles, 168]
+    slots: np.ndarray  # int8 [pictures, offices, 2]: where offices are seen (row * 7 + column) and which, -1 at the end
+    paint: np.ndarray  # uint8 [kinds, 3]: the symbols of a tile
+    atlas: np.ndarray  # uint64 [kinds, 24]: its pixels
     text: np.ndarray  # uint64 [phrases of all layouts, 2646]; no rows for pictures
     text_start: np.ndarray  # int64 [L]
     base: np.ndarray  # uint8 [L, styles, 84 * 84, 3]; no styles for text
     region: np.ndarray  # int8 [L, styles, 84 * 84]
     palette: np.ndarray  # uint8 [L, styles, 6, 3]
     shade: np.ndarray  # uint8 [L, styles, 84 * 84]
-    limits: np.ndarray  # int64: horizon, episodes
 
 
 def cell_codes(layout: Layout) -> np.ndarray:
@@ -200,7 +208,7 @@ def views(name: str) -> Views:
 
 
 @functools.lru_cache(maxsize=16)
-def world(tables: Tables) -> World:
+def world(tables: Tables) -> tuple[Rules, Sights]:
     """The arrays of a variant's tables, padded and stacked for the kernels."""
     plans = tables.layouts
     most = max(plan.width * plan.height for plan in plans)
@@ -247,19 +255,11 @@ def world(tables: Tables) -> World:
         region = np.stack([style.region for style in styles]).reshape(len(plans), -1, pixels)
         palette = np.stack([style.palette for style in styles])
         shade = np.stack([style.shade for style in styles]).reshape(len(plans), -1, pixels)
-    arrays = World(
+    widths = np.array([plan.width for plan in plans])
+    rules = Rules(
         cells=cells,
-        first=first,
-        near=near,
-        which=np.concatenate(which).astype(np.int16),
-        symbols=symbols.reshape(len(pictures), -1),
-        bands=bands.reshape(-1, VIEW).astype(np.int16),
-        pixels=drawn.reshape(len(rows), -1).view(np.uint64),
-        slots=slots,
-        widths=np.array([plan.width for plan in plans]),
+        widths=widths,
         starts=np.array([plan.start for plan in plans]),
-        paint=tiles.SYMBOLS,
-        atlas=tiles.atlas().reshape(2 * tiles.KINDS, -1).copy().view(np.uint64),
         actions=actions,
         colours=tables.colours,
         goals=tables.goals,
@@ -269,17 +269,30 @@ def world(tables: Tables) -> World:
         cumulative=tables.cumulative,
         style_pools=tables.style_pools,
         style_start=tables.style_start,
+        limits=np.array([tables.variant.horizon, tables.variant.episodes, int(tables.variant.sign == "text")]),
+    )
+    sights = Sights(
+        cells=cells,
+        widths=widths,
+        colours=tables.colours,
+        first=first,
+        near=near,
+        which=np.concatenate(which).astype(np.int16),
+        symbols=symbols.reshape(len(pictures), -1),
+        bands=bands.reshape(-1, VIEW).astype(np.int16),
+        pixels=drawn.reshape(len(rows), -1).view(np.uint64),
+        slots=slots,
+        paint=tiles.SYMBOLS,
+        atlas=tiles.atlas().reshape(2 * tiles.KINDS, -1).copy().view(np.uint64),
         text=text,
         text_start=starts,
         base=base,
         region=region,
         palette=palette,
         shade=shade,
-        limits=np.array([tables.variant.horizon, tables.variant.episodes]),
     )
-    # One type whatever their source, so that all variants share one compilation.
-    copies = [np.array(array, order="C") for array in arrays]
-    return World(*copies)
+    # Plain copies are of one type whatever their source, so that all variants share one compilation.
+    return Rules(*(np.array(a, order="C") for a in rules)), Sights(*(np.array(a, order="C") for a in sights))
 
 
 @_jit
@@ -325,7 +338,7 @@ def _begin_episode(w, state, row):
     state[X, row], state[Y, row], state[DIR, row] = w.starts[layout, 0], w.starts[layout, 1], w.starts[layout, 2]
     state[STEP, row] = state[DONE, row] = state[SUCCESS, row] = state[DOORS, row] = 0
     bits = _bits(state[SEED, row], state[TRIAL, row], state[EPISODE, row], _SIGN_DRAW)
-    if w.text.shape[0] > 0:
+    if w.limits[2]:
         low, high, top, office = 0, w.cumulative.shape[2], np.int64(bits >> _8), state[OFFICE, row]
         while low < high:  # the first whose cumulative value exceeds the drawn one
             middle = (low + high) // 2
@@ -424,11 +437,11 @@ def _look(w, state, begin, end, only, image, words, rgb, sign, drawn, on_sign):
 
 
 @_jit
-def observe(w, state, image, words, rgb, sign, drawn, on_sign):
+def observe(sights, state, image, words, rgb, sign, drawn, on_sign):
     """Writes the observations of all environments.
 
     Args:
-        w: The world.
+        sights: The sights.
         state: int64 [16, B].
         image: uint8 [B, 147], or anything 2D for pixels.
         words: uint64 [B, 1176], or anything 2D for symbols.
@@ -437,7 +450,7 @@ def observe(w, state, image, words, rgb, sign, drawn, on_sign):
         drawn: int64 [B]: what ``sign`` holds, an episode's serial or -1 for zeros.
         on_sign: int64 [B].
     """
-    _look(w, state, 0, state.shape[1], False, image, words, rgb, sign, drawn, on_sign)
+    _look(sights, state, 0, state.shape[1], False, image, words, rgb, sign, drawn, on_sign)
 
 
 @_jit
@@ -445,7 +458,7 @@ def step(w, state, actions, mode, rewards, terminated, truncated):
     """Moves every environment.
 
     Args:
-        w: The world.
+        w: The rules.
         state: int64 [16, B].
         actions: int64 [B].
         mode: ``SAME_STEP``, ``NEXT_STEP`` or ``DISABLED``; in ``NEXT_STEP`` a finished environment is reset instead.
@@ -499,11 +512,12 @@ def step(w, state, actions, mode, rewards, terminated, truncated):
 
 
 @_jit
-def finish(w, state, image, words, rgb, sign, drawn, on_sign, info, which):
+def finish(w, sights, state, image, words, rgb, sign, drawn, on_sign, info, which):
     """Writes the last observation and info of the environments that ended, without gaps, and resets them.
 
     Args:
-        w: The world.
+        w: The rules.
+        sights: The sights.
         state: int64 [16, B].
         image: uint8 [ended, 147], or anything 2D for pixels.
         words: uint64 [ended, 1176], or anything 2D for symbols.
@@ -514,7 +528,7 @@ def finish(w, state, image, words, rgb, sign, drawn, on_sign, info, which):
         info: int64 [6, ended].
         which: int64 [ended], set to the environments.
     """
-    _look(w, state, 0, state.shape[1], True, image, words, rgb, sign, drawn, on_sign)
+    _look(sights, state, 0, state.shape[1], True, image, words, rgb, sign, drawn, on_sign)
     place = 0
     for row in range(state.shape[1]):
         if state[DONE, row]:
@@ -530,7 +544,7 @@ def reset(w, state, mask, fresh, split, task):
     """Resets environments.
 
     Args:
-        w: The world.
+        w: The rules.
         state: int64 [16, B].
         mask: bool [B]: which.
         fresh: int64 [B]: 0 goes on with the trial, 1 begins the next one, 2 begins trial 0 (a new seed is in place).

@@ -53,7 +53,8 @@ class Rows:
     Attributes:
         variant: The variant.
         tables: Its tables.
-        world: The tables as the kernels take them.
+        rules: The tables as the kernels take them, for moves and resets.
+        sights: The same for views and signs.
         default: The number of the split that trials come from after a seed.
         state: int64 [16, number], see ``kernels.STATE``.
         started: Which rows have been seeded, bool [number].
@@ -62,7 +63,7 @@ class Rows:
     def __init__(self, variant: Variant, split: str, number: int):
         """Builds rows that have not been reset."""
         self.variant, self.tables = variant, tables(variant)
-        self.world = kernels.world(self.tables)
+        self.rules, self.sights = kernels.world(self.tables)
         self.default = self.tables.split(split)
         self.state = np.zeros((len(kernels.STATE), number), np.int64)
         self.state[kernels.SPLIT] = self.default
@@ -70,12 +71,12 @@ class Rows:
 
     def __getstate__(self) -> dict[str, Any]:
         # The tables are built anew from the variant: they are large, and shared within a process.
-        return {key: value for key, value in self.__dict__.items() if key not in ("tables", "world")}
+        return {key: value for key, value in self.__dict__.items() if key not in ("tables", "rules", "sights")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self.tables = tables(self.variant)
-        self.world = kernels.world(self.tables)
+        self.rules, self.sights = kernels.world(self.tables)
 
     def reset(
         self,
@@ -136,7 +137,7 @@ class Rows:
         for row in np.flatnonzero(mask & (fresh == 2)):
             seed = int(seeds[row] if seeds[row] is not None else draw_seed())
             self.state[kernels.SEED, row] = np.uint64(seed % (1 << 64)).astype(np.int64)
-        kernels.reset(self.world, self.state, mask, fresh, split, task)
+        kernels.reset(self.rules, self.state, mask, fresh, split, task)
         self.started |= mask
 
     def _each(self, key: str, value: Any, types: Any) -> Sequence[Any]:
@@ -163,7 +164,7 @@ class Rows:
     def sign(self, row: int) -> np.ndarray:
         """What hangs at the sign's place now, uint8 [84, 84, 3]; a new array."""
         words = np.empty(kernels.SIGN_WORDS, np.uint64)
-        kernels.draw_sign(self.world, self.state, row, words)
+        kernels.draw_sign(self.sights, self.state, row, words)
         return words.view(np.uint8).reshape(84, 84, 3)
 
     def frame(self, row: int) -> np.ndarray:
@@ -274,7 +275,7 @@ class OfficeNavVectorEnv(VectorEnv):
         rows = self._rows
         flat = image.reshape(self.num_envs, -1)
         drawn = self._drawn[self._turn]
-        kernels.observe(rows.world, rows.state, flat, words, self._rgb, sign_words, drawn, on_sign)
+        kernels.observe(rows.sights, rows.state, flat, words, self._rgb, sign_words, drawn, on_sign)
         info = rows.state[: len(kernels.INFO)].copy()
         if self.copy:
             image, sign = image.copy(), sign.copy()
@@ -347,7 +348,7 @@ class OfficeNavVectorEnv(VectorEnv):
         actions = np.ascontiguousarray(actions, np.int64)
         rewards = np.empty(number)
         terminated, truncated = np.empty(number, bool), np.empty(number, bool)
-        ended = kernels.step(rows.world, rows.state, actions, self._mode, rewards, terminated, truncated)
+        ended = kernels.step(rows.rules, rows.state, actions, self._mode, rewards, terminated, truncated)
         if ended < 0:
             self._refuse(ended, actions)
         if not ended or self._mode != kernels.SAME_STEP:
@@ -357,7 +358,9 @@ class OfficeNavVectorEnv(VectorEnv):
         on_sign, info = np.empty(ended, np.int64), np.empty((len(kernels.INFO), ended), np.int64)
         which, drawn = np.empty(ended, np.int64), np.full(ended, -1)
         flat = image.reshape(ended, -1)
-        kernels.finish(rows.world, rows.state, flat, words, self._rgb, sign_words, drawn, on_sign, info, which)
+        kernels.finish(
+            rows.rules, rows.sights, rows.state, flat, words, self._rgb, sign_words, drawn, on_sign, info, which
+        )
         observation, infos = self._observe()
         final = np.full(number, None, object)
         final[which] = [{"image": picture, "sign": self._blank, "on_sign": on} for picture, on in zip(image, on_sign)]
