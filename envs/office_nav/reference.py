@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 
 from fleetgym.core.errors import UserError
-from fleetgym.envs.office_nav.layout import COLOURS, DIRECTIONS, HORIZON, Layout
+from fleetgym.envs.office_nav.layout import COLOURS, DIRECTIONS, HORIZON, LAYOUTS, Layout
 from fleetgym.envs.office_nav.layout import layout as named
 
 LEFT, RIGHT, FORWARD, TOGGLE = range(4)
@@ -292,6 +292,38 @@ def non_reader_score(
 ) -> Score:
     """The exact score of the non-reader; arguments as of ``oracle_score`` and ``non_reader_steps``."""
     return _score((non_reader_steps(layout, g, explore), weight) for g, weight in _sets(layout, single_goal, goals))
+
+
+def scores_page() -> list[str]:
+    """The exact scores of every layout as lines of Markdown, for the page of the documentation."""
+    lines = [
+        "## Reference scores",
+        "",
+        "Exact means over all buildings, second episode of a trial: return, and share of episodes that reach a goal.",
+        "The oracle takes the shortest path to the nearest goal, which is what a perfect reader does. The non-reader",
+        "never looks at the sign: it opens doors in the first episode and goes to what it saw, or searches the rest;",
+        "the best policy without reading is at least as good. *Search* does without the first episode.",
+        "",
+        "| layout | goals | oracle | non-reader | search |",
+        "|---|---|---|---|---|",
+    ]
+    for plan in LAYOUTS.values():
+        for single in (False, True):
+            cells = [
+                f"{score.mean_return:.3f} ({100 * score.success:.1f}%)"
+                for score in (
+                    oracle_score(plan, single),
+                    non_reader_score(plan, single),
+                    non_reader_score(plan, single, explore=False),
+                )
+            ]
+            lines.append(f"| {plan.name} | {'one' if single else 'any blue office'} | {' | '.join(cells)} |")
+    lines += [
+        "",
+        "An agent that acts at random gets about -1.499, one that never arrives -1.5. `fleetgym bench office_nav` plays",
+        "these policies and measures reading: with signs that name another office, and with blank ones.",
+    ]
+    return lines
 
 
 # ---------------------------------------------------------------------------------------------------------- policies

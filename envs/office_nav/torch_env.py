@@ -509,13 +509,17 @@ class TorchOfficeNav:
 
     def _paint(self, rows: Tensor, on_sign: Tensor) -> Tensor:
         """What ``sign`` holds for some rows, uint8 ``[rows, 84, 84, 3]``."""
-        shown = self._shown[rows]
-        if self.variant.sign == "text":
-            return self.sign_pixels[torch.where(on_sign, shown + 1, 0)]
-        image = torch.zeros(len(rows), 84, 84, 3, dtype=torch.uint8, device=self.device)
+        shape = (len(rows), 84, 84, 3)
+        if self.device.type == "cpu":
+            image = torch.from_numpy(np.zeros(shape, np.uint8))  # unlike torch.zeros, it touches no page before its use
+        else:
+            image = torch.zeros(shape, dtype=torch.uint8, device=self.device)
         there = on_sign.nonzero()[:, 0]
-        if len(there):
-            style = shown[there]
+        shown = self._shown[rows[there]]
+        if self.variant.sign == "text":
+            image[there] = self.sign_pixels[shown + 1]
+        elif len(there):
+            style = shown
             region = self._region[style]
             colour = torch.gather(self._colours[rows[there]], 1, region.clamp(min=0).flatten(1))
             paint = self._palette[style[:, None], colour].view(*region.shape, 3)

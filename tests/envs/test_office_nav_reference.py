@@ -1,5 +1,7 @@
 """Reference scores, policies that play, and the metrics of reading."""
 
+from pathlib import Path
+
 import gymnasium as gym
 import numpy as np
 import pytest
@@ -169,3 +171,10 @@ def test_bad_input():
         reading(RandomPolicy(), sign="swap")
     with pytest.raises(UserError, match="trials 0"):
         reading(RandomPolicy(), trials=0)
+
+
+def test_the_page_is_what_the_docstrings_say():
+    from fleetgym.envs.docs import page
+
+    path = Path(__file__).parents[2] / "docs" / "envs" / "office_nav.md"
+    assert path.read_text(encoding="utf-8") == page("office_nav"), "run: python -m fleetgym.envs.docs"
