@@ -320,8 +320,8 @@ def scores_page() -> list[str]:
             lines.append(f"| {plan.name} | {'one' if single else 'any blue office'} | {' | '.join(cells)} |")
     lines += [
         "",
-        "An agent that acts at random gets about -1.499, one that never arrives -1.5. `fleetgym bench office_nav` plays",
-        "these policies and measures reading: with signs that name another office, and with blank ones.",
+        "An agent that acts at random gets about -1.499, one that never arrives -1.5. `fleetgym bench office_nav`",
+        "plays these policies and measures reading: with signs that name another office, and with blank ones.",
     ]
     return lines
 
