@@ -18,6 +18,7 @@ import torch
 
 from fleetgym.core.errors import UserError, unknown
 from fleetgym.core.files import write_json
+from fleetgym.core.optional import install_line, installed, require
 from fleetgym.core.records import provenance
 
 
@@ -31,6 +32,9 @@ class Comparison:
         ours: Does the work once.
         peer: The same work, the peer's way.
         peer_name: Who the peer is.
+        peer_count: How many of the units the peer's call does, if not as many; a fast side needs more of them to be
+            measured.
+        about: What is compared, where a comparison has several rows.
     """
 
     unit: str
@@ -38,6 +42,8 @@ class Comparison:
     ours: Callable[[], Any]
     peer: Callable[[], Any]
     peer_name: str
+    peer_count: int | None = None
+    about: str = ""
 
 
 def meta_world() -> Comparison:
@@ -115,7 +121,121 @@ def matching() -> Comparison:
     )
 
 
-COMPARISONS = {"meta_world": meta_world, "fleet_training": fleet_training, "matching": matching}
+def office_nav() -> list[Comparison]:
+    """Steps of OfficeNav beside Minigrid's: symbols and pixels in a batch, one environment, and tensors on the CPU.
+
+    Minigrid has no batches of its own, so its steps are those of one environment in a loop, made by ``gym.make``;
+    ``RGBImgPartialObsWrapper(tile_size=8)`` gives it the same 56x56x3 pixels. Episodes that end are reset. Its tasks
+    are the ones that come nearest: four rooms, and a corridor whose end must be remembered.
+
+    Raises:
+        UserError: Minigrid is not installed.
+    """
+    require("bench")
+    import gymnasium as gym
+    from minigrid.wrappers import ImgObsWrapper, RGBImgPartialObsWrapper
+
+    from fleetgym.envs.office_nav.torch_env import TorchOfficeNav
+
+    generator = np.random.default_rng(0)
+    batch, steps, peer_steps = 1024, 32, 400
+
+    def stepper(env: gym.Env, number: int) -> Callable[[], None]:
+        actions = generator.choice([0, 1, 2, 2, env.unwrapped.action_space.n - 1], size=number).tolist()
+        env.reset(seed=0)
+
+        def work() -> None:
+            for action in actions:
+                _, _, terminated, truncated, _ = env.step(action)
+                if terminated or truncated:
+                    env.reset()
+
+        return work
+
+    def vector(env_id: str) -> Callable[[], None]:
+        env = gym.make_vec(env_id, num_envs=batch)
+        actions = generator.choice([0, 1, 2, 2, 3], size=(steps, batch))
+        env.reset(seed=0)
+
+        def work() -> None:
+            for action in actions:
+                env.step(action)
+
+        return work
+
+    def tensors(env_id: str, number: int) -> Callable[[], None]:
+        env = TorchOfficeNav(number, "cpu", env_id)
+        actions = torch.as_tensor(generator.choice([0, 1, 2, 2, 3], size=(steps, number)))
+        env.reset(0)
+
+        def work() -> None:
+            for action in actions:
+                env.step(action)
+
+        return work
+
+    rows = []
+    for peer_id in ("MiniGrid-FourRooms-v0", "MiniGrid-MemoryS13-v0"):
+        symbols = gym.make(peer_id)
+        pixels = ImgObsWrapper(RGBImgPartialObsWrapper(gym.make(peer_id), tile_size=8))
+        name = f"minigrid {peer_id}"
+        rows += [
+            Comparison(
+                "environment steps",
+                steps * batch,
+                vector("OfficeNav-Symbolic-v0"),
+                stepper(symbols, peer_steps),
+                name,
+                peer_steps,
+                f"symbols, {batch} environments, beside {peer_id}",
+            ),
+            Comparison(
+                "environment steps",
+                steps * batch,
+                vector("OfficeNav-v0"),
+                stepper(pixels, peer_steps),
+                f"{name} with pixels",
+                peer_steps,
+                f"pixels, {batch} environments, beside {peer_id}",
+            ),
+            Comparison(
+                "environment steps",
+                4 * peer_steps,
+                stepper(gym.make("OfficeNav-Symbolic-v0"), 4 * peer_steps),
+                stepper(symbols, peer_steps),
+                name,
+                peer_steps,
+                f"symbols, gym.make, beside {peer_id}",
+            ),
+        ]
+    for env_id, what in (("OfficeNav-Symbolic-v0", "symbols"), ("OfficeNav-v0", "pixels")):
+        native = gym.make_vec(env_id, num_envs=4096)
+        actions = generator.choice([0, 1, 2, 2, 3], size=(steps, 4096))
+        native.reset(seed=0)
+
+        def ours(native: gym.vector.VectorEnv = native, actions: np.ndarray = actions) -> None:
+            for action in actions:
+                native.step(action)
+
+        rows.append(
+            Comparison(
+                "environment steps",
+                steps * 4096,
+                tensors(env_id, 4096),
+                ours,
+                "our native vector environment",
+                about=f"{what}, tensors on the CPU, 4096 environments",
+            )
+        )
+    return rows
+
+
+COMPARISONS: dict[str, Callable[[], Comparison | list[Comparison]]] = {
+    "meta_world": meta_world,
+    "fleet_training": fleet_training,
+    "matching": matching,
+    "office_nav": office_nav,
+}
 
 
 def compare(comparison: Comparison, repeat: int) -> dict[str, Any]:
@@ -135,11 +255,12 @@ def compare(comparison: Comparison, repeat: int) -> dict[str, Any]:
         return time.process_time() - began
 
     pairs = [(seconds(comparison.ours), seconds(comparison.peer)) for _ in range(repeat + 1)][1:]
-    ratios = [peer / ours for ours, peer in pairs]
+    peer_count = comparison.peer_count or comparison.count
+    ratios = [comparison.count / ours / (peer_count / peer) for ours, peer in pairs]
     return {
         "unit": comparison.unit,
         "ours_per_cpu_second": comparison.count / statistics.median(ours for ours, _ in pairs),
-        "peer_per_cpu_second": comparison.count / statistics.median(peer for _, peer in pairs),
+        "peer_per_cpu_second": peer_count / statistics.median(peer for _, peer in pairs),
         "peer": comparison.peer_name,
         "ratio": statistics.median(ratios),
         "ratio_min": min(ratios),
@@ -172,13 +293,18 @@ def main(argv: Sequence[str]) -> int:
         raise UserError(f"--repeat {args.repeat}: it must be at least 1")
     torch.set_num_threads(1)
     results = {}
-    for name in args.only or COMPARISONS:
-        results[name] = row = compare(COMPARISONS[name](), args.repeat)
-        print(
-            f"{name}: {row['ours_per_cpu_second']:.4g} {row['unit']} a CPU-second, {row['peer']} "
-            f"{row['peer_per_cpu_second']:.4g}: {row['ratio']:.2f} times as fast "
-            f"({row['ratio_min']:.2f} to {row['ratio_max']:.2f} in {row['pairs']} pairs)"
-        )
+    if not args.only and not installed("bench"):
+        print("office_nav is left out: " + install_line("bench"))
+    for name in args.only or [name for name in COMPARISONS if name != "office_nav" or installed("bench")]:
+        found = COMPARISONS[name]()
+        for comparison in found if isinstance(found, list) else [found]:
+            title = f"{name} ({comparison.about})" if comparison.about else name
+            results[title] = row = compare(comparison, args.repeat)
+            print(
+                f"{title}: {row['ours_per_cpu_second']:.4g} {row['unit']} a CPU-second, {row['peer']} "
+                f"{row['peer_per_cpu_second']:.4g}: {row['ratio']:.2f} times as fast "
+                f"({row['ratio_min']:.2f} to {row['ratio_max']:.2f} in {row['pairs']} pairs)"
+            )
     if args.out is not None:
         write_json(args.out, {"results": results, "provenance": provenance()})
     return 0

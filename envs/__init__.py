@@ -8,6 +8,9 @@ from fleetgym.envs.suite import SUITES, EnvSuite, Task, suite
 __all__ = ["SUITES", "EnvSuite", "Task", "register_envs", "suite"]
 
 
+SUITES.register("office_nav", "fleetgym.envs.office_nav.suite:OFFICE_NAV")
+
+
 def register_envs() -> None:
     """Registers every environment with Gymnasium: strings only, nothing heavy is imported. May be called twice."""
     from gymnasium.envs.registration import register, registry
@@ -25,3 +28,20 @@ def register_envs() -> None:
     for name in ("MT10", "MT50"):
         if f"MetaWorld/{name}" not in registry:
             register(f"MetaWorld/{name}", vector_entry_point=f"fleetgym.envs.meta_world.vector:{name.lower()}")
+
+    from fleetgym.envs.office_nav.suite import INSTRUCTIONS
+
+    for name in INSTRUCTIONS:
+        if name not in registry:
+            register(
+                name,
+                entry_point="fleetgym.envs.office_nav.env:OfficeNavEnv",
+                vector_entry_point="fleetgym.envs.office_nav.vector:make_vec",
+                kwargs={"variant": name},
+            )
+    if "OfficeNav3D-v0" not in registry:
+        register(
+            "OfficeNav3D-v0",
+            entry_point="fleetgym.envs.office_nav.env3d:OfficeNav3DEnv",
+            vector_entry_point="fleetgym.envs.office_nav.env3d:OfficeNav3DVectorEnv",
+        )

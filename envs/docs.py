@@ -5,12 +5,20 @@ from __future__ import annotations
 import inspect
 import sys
 from pathlib import Path
+from typing import Any
 
 from fleetgym.core.files import atomic_write
 from fleetgym.envs.suite import EnvSuite, suite
 
 #: Suite -> the class whose docstring is its page.
-PAGES = {"meta_world": "fleetgym.envs.meta_world.env:MetaWorldEnv"}
+PAGES = {
+    "meta_world": "fleetgym.envs.meta_world.env:MetaWorldEnv",
+    "office_nav": "fleetgym.envs.office_nav.env:OfficeNavEnv",
+}
+#: Suite -> more classes whose docstrings follow as sections.
+MORE = {"office_nav": ("fleetgym.envs.office_nav.env3d:OfficeNav3DEnv",)}
+#: Suite -> a function that returns further lines, what can be computed.
+FURTHER = {"office_nav": "fleetgym.envs.office_nav.reference:scores_page"}
 
 
 def page(name: str) -> str:
@@ -19,14 +27,28 @@ def page(name: str) -> str:
     Args:
         name: A suite's name.
     """
+    attribute = PAGES[name].partition(":")[2]
+    lines = [f"<!-- Made by `python -m fleetgym.envs.docs`; edit the docstring of `{attribute}` instead. -->", ""]
+    lines += [f"# {name}", "", *_docstring(PAGES[name])]
+    for path in MORE.get(name, ()):
+        title, *rest = _docstring(path)
+        lines += [f"## {path.partition(':')[2]}", "", title, *(text.replace("## ", "### ") for text in rest)]
+    lines += _tasks(suite(name))
+    if name in FURTHER:
+        lines += ["", *_load(FURTHER[name])()]
+    return "\n".join(lines) + "\n"
+
+
+def _load(path: str) -> Any:
     from importlib import import_module
 
-    module, _, attribute = PAGES[name].partition(":")
-    text = inspect.getdoc(getattr(import_module(module), attribute))
-    title, _, body = text.partition("\n")
-    lines = [f"<!-- Made by `python -m fleetgym.envs.docs`; edit the docstring of `{attribute}` instead. -->", ""]
-    lines += [f"# {name}", "", title, "", body.strip(), "", *_tasks(suite(name))]
-    return "\n".join(lines) + "\n"
+    module, _, attribute = path.partition(":")
+    return getattr(import_module(module), attribute)
+
+
+def _docstring(path: str) -> list[str]:
+    title, _, body = inspect.getdoc(_load(path)).partition("\n")
+    return [title, "", body.strip(), ""]
 
 
 def _tasks(entries: EnvSuite) -> list[str]:

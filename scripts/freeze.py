@@ -2,7 +2,7 @@
 
     .venv/bin/python scripts/freeze.py
 
-Pins every package that fleetgym and its extra ``dev`` need, directly or not, to the installed version. Python 3.10 and
+Pins every package that fleetgym and its extras need, directly or not, to the installed version. Python 3.10 and
 3.11 have their own versions of some packages: the lines of the other Python stay as they are, so run it once with each.
 Local suffixes are dropped (``2.13.0+cpu`` exists only beside a CPU-only wheel; ``2.13.0`` takes either build).
 """
@@ -60,7 +60,7 @@ def main() -> int:
             for python, marker in MARKERS.items():
                 if match[3] in (None, marker):
                     pins[python][match[1]] = match[2]
-    pins[here] = needed("fleetgym", {"dev"})
+    pins[here] = needed("fleetgym", {"bench", "dev"})
     lines = []
     for name in sorted({name for versions in pins.values() for name in versions}):
         found = {python: versions[name] for python, versions in pins.items() if name in versions}

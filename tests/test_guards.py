@@ -45,12 +45,20 @@ PACKAGES = {
     ),
     "agents": ({"numpy", "torch", "gymnasium", "tyro"}, {"stable_baselines3", "sb3_contrib"}),
     "merging": ({"numpy", "torch", "scipy"}, {"numba"}),
-    "benchmarks": ({"numpy", "torch", "gymnasium", "tyro"}, {"rich", "matplotlib", "PIL", "mujoco", "metaworld"}),
+    "benchmarks": (
+        {"numpy", "torch", "gymnasium", "tyro"},
+        {"rich", "matplotlib", "PIL", "mujoco", "metaworld", "minigrid"},
+    ),
     "cli": ({"tyro"}, None),  # None: anything
     "root": (set(), set()),
 }
 # A world's own folder may import its simulator at the top: whoever imports it wants that world.
-WORLDS = {"envs/meta_world/": {"mujoco", "metaworld", "scipy", "numba"}, "envs/rendering.py": {"mujoco"}}
+WORLDS = {
+    "envs/meta_world/": {"mujoco", "metaworld", "scipy", "numba"},
+    "envs/office_nav/torch_env.py": {"torch"},
+    "envs/office_nav/": {"numba"},
+    "envs/rendering.py": {"mujoco"},
+}
 
 
 def files() -> list[str]:

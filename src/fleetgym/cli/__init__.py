@@ -14,6 +14,7 @@ from fleetgym.core.errors import UserError, unknown
 
 VERBS = {
     "demo": "film the expert or a trained policy of an environment",
+    "play": "play OfficeNav on the keyboard",
     "collect": "record demonstrations of an expert or a policy",
     "train": "train a policy from demonstrations",
     "eval": "evaluate a checkpoint, with an interval",

@@ -23,6 +23,7 @@ class Extra:
 
 # The names are those of [project.optional-dependencies] in pyproject.toml; a test compares the two.
 EXTRAS: dict[str, Extra] = {
+    "bench": Extra(("minigrid",), "peers that speed is measured beside"),
     "dev": Extra(("pytest", "xdist", "hatchling", "ruff"), "tests, linting, building"),
 }
 

@@ -1,0 +1,770 @@
+"""OfficeNav: geometry, dynamics, trials, splits, and that single and vector environments agree."""
+
+import hashlib
+import itertools
+import json
+import multiprocessing
+import pickle
+import warnings
+from pathlib import Path
+
+import gymnasium as gym
+import numpy as np
+import pytest
+from gymnasium.utils.env_checker import check_env
+from gymnasium.vector import AutoresetMode
+
+import fleetgym  # noqa: F401  (registers the ids)
+from fleetgym.core.errors import UserError
+from fleetgym.envs import suite
+from fleetgym.envs.office_nav import kernels, language, rng, signs, tiles
+from fleetgym.envs.office_nav.buildings import building, buildings, sign_goals
+from fleetgym.envs.office_nav.env import OfficeNavEnv
+from fleetgym.envs.office_nav.layout import COLOURS, LAYOUTS, layout
+from fleetgym.envs.office_nav.variants import SPLITS, VARIANTS, resolve_variant, tables
+from fleetgym.envs.office_nav.vector import OfficeNavVectorEnv
+
+GOLDEN = Path(__file__).resolve().parents[1] / "golden" / "office_nav.json"
+LEFT, RIGHT, FORWARD, TOGGLE = range(4)
+
+
+def path_to(plan, office):
+    """The released code's shortest path into an office, for the released layouts' coordinates."""
+    x, y = plan.office_xy[office]
+    hall = [3, 3, 9, 9, 15, 15][office % plan.columns]
+    turn = LEFT if x < hall else RIGHT
+    return [FORWARD] * (hall - 1) + [LEFT] + [FORWARD] * (plan.start[1] - y) + [turn, TOGGLE, FORWARD, FORWARD]
+
+
+# -- Geometry, buildings, bits -----------------------------------------------------------------------------------------
+
+
+def test_the_paper_s_layout_is_that_of_the_released_code():
+    drawn = """
+        #############
+        #oD Do#oD Do#
+        ### ##### ###
+        #oD Do#oD Do#
+        ### ##### ###
+        #oD Do#oD Do#
+        ### ##### ###
+        #           #
+        ###### ######
+        ######S######
+        #############""".split("\n")[1:]
+    plan = layout("standard")
+    codes = kernels.cell_codes(plan)
+    letters = ["#", " ", "S", *["D"] * 18, *["o"] * 18]
+    assert ["".join(letters[code] for code in row) for row in codes] == [line.strip() for line in drawn]
+    assert plan.start == (1, 7, 0) and plan.sign_xy == (6, 9) and plan.sign_distance == 8
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "rows", "columns", "corridor"),
+    [
+        ("standard", (13, 11), (1, 3, 5), (1, 5, 7, 11), 7),
+        ("tall_skinny", (13, 14), (1, 4, 7), (1, 5, 7, 11), 10),
+        ("tall", (19, 14), (1, 4, 7), (1, 5, 7, 11, 13, 17), 10),
+    ],
+)
+def test_layouts(name, size, rows, columns, corridor):
+    plan = layout(name)
+    assert (plan.width, plan.height) == size and plan.walls.shape == size[::-1]
+    assert plan.office_xy.tolist() == [[x, y] for y in rows for x in columns]
+    assert plan.door_xy.tolist() == [[x + (1 if k % 2 == 0 else -1), y] for y in rows for k, x in enumerate(columns)]
+    assert plan.start == (1, corridor, 0) and plan.sign_xy == (6, corridor + 2)
+    assert plan.distances.tolist() == [len(path_to(plan, k)) for k in range(plan.offices)]
+
+
+def test_lengths_and_returns_of_the_shortest_paths():
+    plan = layout("standard")
+    assert plan.distances.reshape(3, 4).tolist() == [[13, 13, 19, 19], [11, 11, 17, 17], [9, 9, 15, 15]]
+    returns = 1 - 0.05 * (plan.distances - 1)
+    np.testing.assert_allclose(returns.reshape(3, 4)[:, ::2], [[0.4, 0.1], [0.5, 0.2], [0.6, 0.3]])
+    assert returns.mean() == pytest.approx(0.35)
+    tall = layout("tall").distances
+    assert (tall.min(), tall.max()) == (10, 28)
+
+
+def test_buildings_are_those_of_the_released_code():
+    released = buildings(200, "standard", False, False)
+    blue = (released == 0).sum(1)
+    assert (blue.mean(), blue.min(), blue.max()) == (1.98, 1, 5)
+    goals = sign_goals(released, layout("standard"))
+    assert (1 - 0.05 * (layout("standard").distances[goals] - 1)).mean() == pytest.approx(0.442, abs=5e-4)
+    assert all(set(row) == set(range(6)) for row in released.tolist())
+    # Twelve strings as the released code makes them, shuffled column by column.
+    for task_id in (0, 1, 77):
+        random = np.random.RandomState(task_id)
+        names = list(COLOURS)
+        names += [random.choice(COLOURS) for _ in range(6)]
+        random.shuffle(names)
+        columns = np.array(names).reshape(4, 3).T.ravel()
+        assert [COLOURS[colour] for colour in building(task_id)] == columns.tolist()
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_single_goal_buildings_have_one(name):
+    table = buildings(300, name, True)
+    assert ((table == 0).sum(1) == 1).all() and all(set(row) == set(range(6)) for row in table.tolist())
+    counts = np.bincount(np.argmax(table == 0, 1), minlength=layout(name).offices)
+    assert counts.min() > 300 / layout(name).offices / 3
+
+
+def test_bits_are_the_same_for_integers_arrays_and_kernels():
+    seeds = [0, 1, 12345, 2**63 - 1, 2**63, 2**64 - 1]
+    for seed, trial, episode in itertools.product(seeds, (0, 5, 10**9), (0, 2)):
+        expected = rng.bits(seed, trial, episode, 0)
+        assert 0 <= expected < 1 << 32
+        assert rng.bits(np.array([seed], np.uint64), trial, episode, 0)[0] == expected
+        assert kernels._bits(np.uint64(seed).astype(np.int64), trial, episode, 0) == expected
+    many = rng.bits(np.arange(20000), 3, 1, 0)
+    assert len(np.unique(many)) > 19990
+    share = np.bincount(rng.pick(many, 12)) / len(many)
+    assert abs(share - 1 / 12).max() < 0.01
+    assert abs((many[:, None] >> np.arange(32, dtype=np.uint64) & np.uint64(1)).mean(0) - 0.5).max() < 0.02
+
+
+# -- Views and dynamics against MiniGrid -------------------------------------------------------------------------------
+
+
+def minigrid_twin(env):
+    """The same building in MiniGrid's own classes, with the agent where ours is."""
+    pytest.importorskip("minigrid")
+    from minigrid.core.grid import Grid
+    from minigrid.core.mission import MissionSpace
+    from minigrid.core.world_object import Ball, Door, Floor, Wall
+    from minigrid.minigrid_env import MiniGridEnv
+
+    class Marker(Ball):
+        def can_overlap(self):
+            return True
+
+        def can_pickup(self):
+            return False
+
+    state = env._rows.state[:, 0]
+    plan = env._rows.tables.layouts[state[kernels.LAYOUT]]
+    colours = env._rows.tables.colours[state[kernels.LAYOUT], state[kernels.TASK]]
+
+    class Twin(MiniGridEnv):
+        def _gen_grid(self, width, height):
+            self.grid = Grid(width, height)
+            for y, x in np.argwhere(plan.walls):
+                self.grid.set(x, y, Wall())
+            for k in range(plan.offices):
+                self.grid.set(*plan.office_xy[k], Floor(COLOURS[colours[k]]))
+                self.grid.set(*plan.door_xy[k], Door("red"))
+            self.grid.set(*plan.sign_xy, Marker("blue"))
+            self.agent_pos, self.agent_dir, self.mission = np.array(plan.start[:2]), plan.start[2], ""
+
+    twin = Twin(MissionSpace(lambda: ""), width=plan.width, height=plan.height, max_steps=10**6)
+    observation, _ = twin.reset()
+    return twin, observation["image"]
+
+
+@pytest.mark.parametrize(("name", "split"), [("OfficeNav-Symbolic-v0", "train"), ("OfficeNav-Tall-v0", "train")])
+@pytest.mark.parametrize("layout_split", [False, True])
+def test_views_and_moves_are_minigrid_s(name, split, layout_split):
+    env = OfficeNavEnv(name, view="symbolic", split="layout" if layout_split else split, horizon=400)
+    random = np.random.default_rng(0)
+    places = set()
+    for seed in range(3):
+        observation, info = env.reset(seed=seed)
+        twin, image = minigrid_twin(env)
+        np.testing.assert_array_equal(observation["image"], image)
+        for _ in range(400):
+            # Doors are opened when one is ahead, so that the walk gets around.
+            door = image[3, 5, 0] == 4 and image[3, 5, 2] == 1
+            action = int(random.choice(4, p=[0.15, 0.15, 0.2, 0.5] if door else [0.16, 0.16, 0.6, 0.08]))
+            before = twin.agent_pos
+            observation, reward, terminated, truncated, info = env.step(action)
+            image = twin.step([0, 1, 2, 5][action])[0]["image"]
+            np.testing.assert_array_equal(observation["image"], image)
+            state = env._rows.state[:, 0]
+            assert tuple(twin.agent_pos) == (state[kernels.X], state[kernels.Y])
+            cell = twin.grid.get(*twin.agent_pos)
+            on_goal = cell is not None and cell.type == "floor" and cell.color == "blue"
+            assert terminated == (on_goal and tuple(before) != tuple(twin.agent_pos))
+            assert reward == (1.0 if terminated else -0.05)
+            assert observation["on_sign"] == (cell is not None and cell.type == "ball")
+            places.add((*map(int, twin.agent_pos), twin.agent_dir))
+            if terminated or truncated:
+                break
+    assert len(places) > 40
+
+
+def slow_seen(kinds_at, x, y, direction):
+    """What is seen from a place, tile kinds [7 rows, 7 columns], written down from the rule's description."""
+    ahead, right = ((1, 0), (0, 1), (-1, 0), (0, -1))[direction], ((0, 1), (-1, 0), (0, -1), (1, 0))[direction]
+    grid = [
+        [
+            kinds_at(x + (6 - r) * ahead[0] + (c - 3) * right[0], y + (6 - r) * ahead[1] + (c - 3) * right[1])
+            for c in range(7)
+        ]
+        for r in range(7)
+    ]
+    seen = np.zeros((7, 7), bool)
+    seen[6, 3] = True
+    for r in range(6, -1, -1):
+        for columns, side in ((range(6), 1), (range(6, 0, -1), -1)):
+            for c in columns:
+                if seen[r, c] and grid[r][c] not in (tiles.WALL, tiles.CLOSED):
+                    seen[r, c + side] = True
+                    if r:
+                        seen[r - 1, c + side] = seen[r - 1, c] = True
+    return np.where(seen, np.array(grid), tiles.UNSEEN)
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_every_pose_with_random_doors_against_the_rule(name):
+    plan, random = layout(name), np.random.default_rng(1)
+    env = OfficeNavEnv("OfficeNav-v0", layout=name)
+    symbolic = OfficeNavEnv("OfficeNav-Symbolic-v0", layout=name)
+    env.reset(seed=0), symbolic.reset(seed=0)
+    rows = env._rows
+    colours = rows.tables.colours[0, rows.state[kernels.TASK, 0]]
+    codes = kernels.cell_codes(plan)
+    poses = [(x, y, d) for y, x in np.argwhere(~plan.walls) for d in range(4)]
+    for x, y, direction in poses:
+        doors = int(random.integers(1 << plan.offices)) if random.random() < 0.8 else 0
+        kinds = np.array(
+            [
+                tiles.WALL,
+                tiles.EMPTY,
+                tiles.SIGN,
+                *[tiles.OPEN if doors >> k & 1 else tiles.CLOSED for k in range(18)],
+                *(tiles.FLOOR + colours),
+            ]
+        )
+
+        def kinds_at(i, j, kinds=kinds):
+            inside = 0 <= i < plan.width and 0 <= j < plan.height
+            return int(kinds[codes[j, i]]) if inside else tiles.WALL
+
+        expected = slow_seen(kinds_at, x, y, direction)
+        expected[6, 3] += tiles.AGENT
+        for one in (env, symbolic):
+            for row, value in ((kernels.X, x), (kernels.Y, y), (kernels.DIR, direction), (kernels.DOORS, doors)):
+                one._rows.state[row, 0] = value
+        image = symbolic._observe()[0]["image"]
+        np.testing.assert_array_equal(image, tiles.SYMBOLS[expected].swapaxes(0, 1))
+        picture = tiles.atlas()[expected].swapaxes(1, 2).reshape(56, 56, 3)
+        np.testing.assert_array_equal(env._observe()[0]["image"], picture)
+
+
+def test_tiles_differ():
+    pictures = tiles.atlas().reshape(2 * tiles.KINDS, -1)
+    assert len(np.unique(pictures, axis=0)) == 2 * tiles.KINDS
+
+
+# -- Trials ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["OfficeNav-SingleGoal-v0", "OfficeNav-Tall-v0", "OfficeNav-TallSkinny-v0"])
+def test_the_oracle_s_return(name):
+    env = gym.make(name)
+    plan = env.unwrapped._rows.tables.layouts[0]
+    for seed in range(8):
+        _, info = env.reset(seed=seed)
+        path, rewards = path_to(plan, info["goal"]), []
+        for action in path:
+            _, reward, terminated, truncated, info = env.step(action)
+            rewards.append(reward)
+        assert terminated and info["success"] and not truncated
+        assert sum(rewards) == pytest.approx(1 - 0.05 * (len(path) - 1))
+
+
+def test_wrong_offices_cost_a_step_and_the_horizon_ends_the_episode():
+    env = OfficeNavEnv("OfficeNav-SingleGoal-v0")
+    _, info = env.reset(seed=0)
+    plan, wrong = layout("standard"), (info["goal"] + 1) % 12
+    rewards = [env.step(action)[1:3] for action in path_to(plan, wrong)]
+    assert set(rewards) == {(-0.05, False)}
+    state = env._rows.state[:, 0]
+    assert plan.office_xy[wrong].tolist() == [state[kernels.X], state[kernels.Y]]
+    for step in range(len(rewards), 30):
+        _, _, terminated, truncated, info = env.step(LEFT)
+        assert (terminated, truncated) == (False, step == 29)
+    assert not info["success"]
+    with pytest.raises(UserError, match="call reset"):
+        env.step(LEFT)
+
+
+def test_sign_is_seen_after_eight_steps_and_says_the_goal():
+    env = gym.make("OfficeNav-v0")
+    said = set()
+    for seed in range(40):
+        observation, info = env.reset(seed=seed)
+        for action in [FORWARD] * 5 + [RIGHT] + [FORWARD] * 2:
+            assert not observation["on_sign"] and not observation["sign"].any()
+            observation, *_, info = env.step(action)
+        assert observation["on_sign"] == 1
+        np.testing.assert_array_equal(observation["sign"], signs.text_sign(info["phrase"]))
+        assert language.resolve(info["phrase"]) == info["goal"] and language.HELD_OUT not in info["phrase"]
+        assert env.unwrapped._rows.tables.phrases[0][info["phrase_id"]] == info["phrase"]
+        said.add(info["phrase"])
+        observation, *_ = env.step(LEFT)
+        assert observation["on_sign"] == 1
+        [env.step(LEFT), env.step(FORWARD)]
+        observation, *_ = env.step(LEFT)
+        assert not observation["on_sign"] and not observation["sign"].any()
+    assert len(said) > 15
+
+
+def test_picture_is_the_composed_plan():
+    env = gym.make("OfficeNav-Map-v0")
+    styles = signs.picture_styles("standard")
+    shown = set()
+    for seed in range(10):
+        env.reset(seed=seed)
+        for action in [FORWARD] * 5 + [RIGHT] + [FORWARD] * 2:
+            observation, *_, info = env.step(action)
+        style = styles.names.index(info["phrase"])
+        assert style == info["phrase_id"] and styles.train[style]
+        colours = tables(VARIANTS["OfficeNav-Map-v0"]).colours[0, info["task_id"], :12]
+        np.testing.assert_array_equal(observation["sign"], signs.compose(styles, style, colours))
+        shown.add(style)
+    assert len(shown) > 3
+
+
+def test_a_trial_is_two_episodes_in_one_building():
+    env = OfficeNavEnv("OfficeNav-Symbolic-v0")
+    told = [env.reset(seed=4)[1]] + [env.reset()[1] for _ in range(9)]
+    assert [(info["trial"], info["episode"]) for info in told] == [(t, e) for t in range(5) for e in (1, 2)]
+    for first, second in zip(told[::2], told[1::2]):
+        assert first["task_id"] == second["task_id"] and first["goal"] == second["goal"]
+    assert len({info["task_id"] for info in told}) > 3
+    assert any(first["phrase"] != second["phrase"] for first, second in zip(told[::2], told[1::2]))
+    assert told[:4] == [env.reset(seed=4)[1]] + [env.reset()[1] for _ in range(3)]
+    # Doors are closed again.
+    env.reset(seed=4)
+    for action in path_to(layout("standard"), 0)[:-2]:
+        env.step(action)
+    assert env._rows.state[kernels.DOORS, 0]
+    env.reset()
+    assert not env._rows.state[kernels.DOORS, 0]
+
+
+def test_reset_options():
+    env = OfficeNavEnv("OfficeNav-Symbolic-v0")
+    _, info = env.reset(seed=1, options={"task_id": 17})
+    assert (info["task_id"], info["trial"], info["episode"]) == (17, 0, 1)
+    assert env.reset()[1]["task_id"] == 17  # the trial goes on
+    _, info = env.reset(options={"task_id": 1100})
+    assert (info["task_id"], info["trial"], info["episode"]) == (1100, 1, 1)
+    _, info = env.reset(options={"split": "test"})
+    assert info["trial"] == 2 and info["task_id"] >= 1000
+    later = [env.reset()[1]["task_id"] for _ in range(6)]
+    assert min(later) >= 1000 and len(set(later)) > 2  # the split stays
+    assert env.reset(options={"new_trial": True})[1]["episode"] == 1
+    assert env.reset(options={"new_trial": False})[1]["episode"] == 2
+    assert env.reset(seed=1)[1]["task_id"] < 1000  # until a seed
+    _, info = env.reset(options={"split": "layout", "task_id": 1003})
+    assert env._rows.state[kernels.LAYOUT, 0] == 1 and info["task_id"] == 1003
+    assert OfficeNavEnv("OfficeNav-Symbolic-v0", split="test").reset(seed=0)[1]["task_id"] >= 1000
+
+
+# -- Splits ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", [name for name in VARIANTS if name != "OfficeNav-Released-v0"])
+def test_splits_are_disjoint(name):
+    table = tables(VARIANTS[name])
+    train, test = table.pool("train"), table.pool("test")
+    assert (len(train), len(test)) == (1000, 200) and not set(train) & set(test)
+    kinds = {split: {table.colours[0, task].tobytes() for task in ids} for split, ids in zip("ab", (train, test))}
+    assert not kinds["a"] & kinds["b"] and len(kinds["a"]) == 1000
+    for split in table.splits[1:]:
+        assert set(table.pool(split)) <= set(test) and len(table.pool(split)) > 50
+    own, held_out = table.layouts
+    assert own.name != held_out.name and table.layout_of.tolist() == [0, 0, 0, 1, 0]
+    assert not np.array_equal(own.walls, held_out.walls) if own.walls.shape == held_out.walls.shape else True
+    if table.variant.sign == "text":
+        assert "style" not in table.splits
+        possible = {}
+        for split in table.splits:
+            index = SPLITS.index(split)
+            chances = np.diff(table.cumulative[index], prepend=0, axis=1)
+            assert (chances >= 0).all()
+            goals = set(table.goals[table.layout_of[index], table.pool(split)].tolist())
+            assert all(table.cumulative[index, goal, -1] == rng.UNIT for goal in goals)
+            strings = table.phrases[table.layout_of[index]]
+            possible[split] = {strings[p] for goal in goals for p in np.flatnonzero(chances[goal])}
+        held = possible["phrases"]
+        assert held and all(language.HELD_OUT in phrase for phrase in held)
+        assert held <= language.held_out_phrases(own.offices)
+        for split in ("train", "test", "layout"):
+            assert not any(language.HELD_OUT in phrase for phrase in possible[split])
+        if name == "OfficeNav-v0":
+            assert len(held) == 9 and len(possible["train"]) == 117
+    else:
+        assert "phrases" not in table.splits
+        assert not set(table.styles("style")) & set(table.styles("train"))
+        assert len(table.styles("train")) >= 10 and len(table.styles("style")) >= 2
+        assert set(table.styles("test")) == set(table.styles("train")) == set(table.styles("layout"))
+
+
+def test_splits_are_what_reset_shows():
+    env = OfficeNavEnv("OfficeNav-Symbolic-v0", split="phrases")
+    told = [env.reset(seed=0)[1]] + [env.reset()[1] for _ in range(300)]
+    assert {info["phrase"] for info in told} == language.held_out_phrases()
+    assert all(language.resolve(info["phrase"]) == info["goal"] for info in told)
+    env = OfficeNavEnv("OfficeNav-Map-v0", split="style")
+    told = [env.reset(seed=0)[1]] + [env.reset()[1] for _ in range(20)]
+    styles = signs.picture_styles("standard")
+    assert {info["phrase"] for info in told} == {styles.names[i] for i in styles.indices("style")}
+
+
+def test_what_is_drawn_is_what_the_tables_say():
+    table = tables(VARIANTS["OfficeNav-Symbolic-v0"])
+    envs = OfficeNavVectorEnv(3000, variant="OfficeNav-Symbolic-v0")
+    _, info = envs.reset(seed=11)
+    for row in range(0, 3000, 97):
+        pool = table.pool("train")
+        task = int(pool[rng.pick(rng.bits(11 + row, 0, 0, rng.TASK), len(pool))])
+        top = rng.top24(rng.bits(11 + row, 0, 1, rng.SIGN))
+        goal = int(table.goals[0, task])
+        sign = language.draw(table.cumulative[0], goal, top)
+        assert (task, goal, sign) == tuple(int(info[key][row]) for key in ("task_id", "goal", "phrase_id"))
+    goal = np.bincount(info["goal"]).argmax()
+    drawn = np.bincount(info["phrase_id"][info["goal"] == goal], minlength=126)
+    expected = np.diff(table.cumulative[0, goal], prepend=0) / rng.UNIT
+    assert abs(drawn / drawn.sum() - expected).max() < 0.06 and not drawn[expected == 0].any()
+
+
+def test_released_is_as_released():
+    table = tables(VARIANTS["OfficeNav-Released-v0"])
+    assert table.splits == ("train", "test") and table.pool("train").tolist() == table.pool("test").tolist()
+    assert table.tasks == 200 and len(table.phrases[0]) == 106 or len(table.phrases[0]) < 106
+    env = gym.make("OfficeNav-Released-v0")
+    assert env.action_space.n == 7 and env.observation_space["image"].shape == (7, 7, 3)
+    env.reset(seed=0)
+    doors = env.unwrapped._rows.state
+    for action in (3, 4, 6):
+        before = doors[kernels.X : kernels.STEP, 0].copy()
+        env.step(action)
+        np.testing.assert_array_equal(before, doors[kernels.X : kernels.STEP, 0])
+    env.reset(seed=0)
+    for action in path_to(layout("standard"), 0)[:-2]:
+        env.step(5 if action == TOGGLE else action)
+    assert doors[kernels.DOORS, 0] == 1
+    phrases = [env.reset(seed=seed)[1]["phrase"] for seed in range(60)]
+    assert not any("lower" in phrase for phrase in phrases)
+
+
+# -- Gymnasium's contracts ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_check_env_has_nothing_to_say(name):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        env = gym.make(name, render_mode="rgb_array")
+        check_env(env.unwrapped)
+        env.reset(seed=0)
+        frame = env.render()
+        assert frame.dtype == np.uint8 and frame.ndim == 3
+        text = gym.make(name, render_mode="ansi")
+        text.reset(seed=0)
+        assert ">" in text.render() and "trial 0, episode 1 of 2" in text.render()
+        gym.make_vec(name, num_envs=2).reset(seed=0)
+    json.loads(env.spec.to_json())
+
+
+def test_render_shows_the_sign_to_who_stands_on_it():
+    env = gym.make("OfficeNav-v0", render_mode="ansi")
+    pictures = gym.make("OfficeNav-v0", render_mode="rgb_array")
+    env.reset(seed=3), pictures.reset(seed=3)
+    assert "sign:" not in env.render()
+    before = pictures.render()
+    for action in [FORWARD] * 5 + [RIGHT] + [FORWARD] * 2:
+        *_, info = env.step(action)
+        pictures.step(action)
+    assert env.render().endswith(f"sign: {info['phrase']}") and "v" in env.render()
+    panel = pictures.render()[:, -192:]
+    assert (panel == 255).all(-1).sum() > 20000 and not (before[:, -192:] == 255).all(-1).any()
+
+
+def play(envs, actions, seed):
+    """A hash of all that a vector environment returns."""
+    digest = hashlib.sha256()
+    observation, info = envs.reset(seed=seed)
+    for action in actions:
+        for key in ("image", "sign", "on_sign"):
+            digest.update(np.ascontiguousarray(observation[key]).tobytes())
+        for key in kernels.INFO:
+            digest.update(np.asarray(info[key], np.int64).tobytes())
+        observation, *rest, info = envs.step(action)
+        for part in rest:
+            digest.update(part.tobytes())
+    return digest.hexdigest()
+
+
+def some_actions(steps, number, kinds=4, seed=0):
+    """Random ones with a preference: walk to the sign first, in half of the environments."""
+    random = np.random.default_rng(seed)
+    actions = random.choice(4, (steps, number), p=[0.2, 0.2, 0.4, 0.2])
+    to_sign = np.array([FORWARD] * 5 + [RIGHT] + [FORWARD] * 2)
+    for begin in range(0, steps - 8, 30):
+        actions[begin : begin + 8, ::2] = to_sign[:, None]
+    return actions if kinds == 4 else np.array([0, 1, 2, 5])[actions]
+
+
+@pytest.mark.parametrize("mode", list(AutoresetMode))
+@pytest.mark.parametrize("name", VARIANTS)
+def test_vector_is_singles_side_by_side(name, mode):
+    number, steps = 5, 260
+    kinds = len(VARIANTS[name].actions)
+    envs = gym.make_vec(name, num_envs=number, autoreset_mode=mode, split="test")
+    twins = gym.vector.SyncVectorEnv(
+        [lambda: gym.make(name, split="test").unwrapped for _ in range(number)], autoreset_mode=mode
+    )
+    assert envs.metadata["autoreset_mode"] == mode and envs.observation_space == twins.observation_space
+    assert envs.single_action_space == twins.single_action_space
+    (mine, mine_info), (theirs, their_info) = envs.reset(seed=7), twins.reset(seed=7)
+    ended = 0
+    for action in some_actions(steps, number, kinds):
+        for key in theirs:
+            np.testing.assert_array_equal(mine[key], theirs[key])
+        assert mine in envs.observation_space
+        for key in kernels.INFO:
+            np.testing.assert_array_equal(mine_info[key][mine_info[f"_{key}"]], their_info[key][their_info[f"_{key}"]])
+        mine, *my_rest, mine_info = envs.step(action)
+        theirs, *their_rest, their_info = twins.step(action)
+        for one, two in zip(my_rest, their_rest):
+            assert one.dtype == two.dtype
+            np.testing.assert_array_equal(one, two)
+        done = my_rest[1] | my_rest[2]
+        ended += done.sum()
+        if mode == AutoresetMode.SAME_STEP:
+            assert ("final_obs" in mine_info) == ("final_obs" in their_info) == done.any()
+            if done.any():
+                np.testing.assert_array_equal(mine_info["_final_obs"], their_info["_final_obs"])
+                for row in range(number):
+                    one, two = mine_info["final_obs"][row], their_info["final_obs"][row]
+                    assert (one is None) == (two is None) == (not done[row])
+                    for key in two or ():
+                        np.testing.assert_array_equal(one[key], two[key])
+                for key in kernels.INFO:
+                    one, two = mine_info["final_info"], their_info["final_info"]
+                    np.testing.assert_array_equal(one[key][done], two[key][done])
+        elif mode == AutoresetMode.DISABLED and done.any():
+            mine, mine_info = envs.reset(options={"reset_mask": done})
+            theirs, their_info = twins.reset(options={"reset_mask": done})
+            for key in kernels.INFO:
+                np.testing.assert_array_equal(mine_info[key][done], their_info[key][done])
+            their_info = mine_info
+    assert ended > 30
+
+
+def test_thousands_of_steps_of_many():
+    """Vector environments of any size agree row by row: row i of many is the one row with seed + i."""
+    many = OfficeNavVectorEnv(300, variant="OfficeNav-v0")
+    few = OfficeNavVectorEnv(3, variant="OfficeNav-v0")
+    actions = some_actions(120, 300, seed=5)
+    (all_seen, _), (seen, _) = many.reset(seed=20), few.reset(seed=217)
+    for action in actions:
+        for key in seen:
+            np.testing.assert_array_equal(all_seen[key][197:200], seen[key])
+        all_seen, all_rewards, *_ = many.step(action)
+        seen, rewards, *_ = few.step(action[197:200])
+        np.testing.assert_array_equal(all_rewards[197:200], rewards)
+
+
+def test_vector_reset_options():
+    envs = OfficeNavVectorEnv(4, variant="OfficeNav-Symbolic-v0")
+    _, info = envs.reset(seed=[5, 6, 7, 8], options={"task_id": [1, 2, 1003, 4]})
+    assert info["task_id"].tolist() == [1, 2, 1003, 4]
+    assert envs.reset()[1]["task_id"].tolist() == [1, 2, 1003, 4]
+    _, info = envs.reset(options={"split": ["train", "test", "phrases", "layout"]})
+    assert info["trial"].tolist() == [1] * 4 and (info["task_id"] >= 1000).tolist() == [False, True, True, True]
+    _, info = envs.reset(options={"reset_mask": np.array([True, False, False, True])})
+    assert info["episode"].tolist() == [2, 1, 1, 2]
+    same = OfficeNavEnv("OfficeNav-Symbolic-v0")
+    assert same.reset(seed=6)[1]["task_id"] == envs.reset(seed=5)[1]["task_id"][1]
+
+
+def test_observations_stay_for_one_more_step():
+    for copy, stays in ((False, 1), (True, 5)):
+        envs = OfficeNavVectorEnv(3, variant="OfficeNav-v0", copy=copy)
+        kept = envs.reset(seed=0)[0]
+        before = kept["image"].copy()
+        for _ in range(stays):
+            envs.step(np.array([RIGHT, LEFT, FORWARD]))
+            np.testing.assert_array_equal(kept["image"], before)
+
+
+def test_unseeded_resets_differ():
+    first = [OfficeNavVectorEnv(50, variant="OfficeNav-Symbolic-v0").reset()[1]["task_id"].tolist() for _ in range(2)]
+    assert first[0] != first[1] and len(set(first[0])) > 20
+    assert len({OfficeNavEnv("OfficeNav-Symbolic-v0").reset()[1]["task_id"] for _ in range(20)}) > 10
+
+
+@pytest.mark.parametrize("name", ["OfficeNav-v0", "OfficeNav-Map-v0"])
+def test_pickling_in_the_middle_of_an_episode(name):
+    env = gym.make(name)
+    env.reset(seed=2)
+    for action in [FORWARD] * 5 + [RIGHT] + [FORWARD]:
+        env.step(action)
+    for twin in (pickle.loads(pickle.dumps(env)), pickle.loads(pickle.dumps(env.unwrapped))):
+        saved = env.unwrapped._rows.state.copy()
+        one, two = env.step(FORWARD), twin.step(FORWARD)
+        for key in one[0]:
+            np.testing.assert_array_equal(one[0][key], two[0][key])
+        assert one[1:] == two[1:]
+        np.testing.assert_array_equal(one[0]["on_sign"], 1)
+        env.unwrapped._rows.state[:] = saved
+    envs = OfficeNavVectorEnv(3, variant=name)
+    envs.reset(seed=0)
+    actions = some_actions(40, 3)
+    [envs.step(action) for action in actions[:11]]
+    twin = pickle.loads(pickle.dumps(envs))
+    for action in actions[11:]:
+        one, two = envs.step(action), twin.step(action)
+        np.testing.assert_array_equal(one[0]["image"], two[0]["image"])
+        np.testing.assert_array_equal(one[0]["sign"], two[0]["sign"])
+
+
+def golden_run(name):
+    kinds = len(VARIANTS[name].actions)
+    return play(OfficeNavVectorEnv(4, variant=name), some_actions(100, 4, kinds), 0)
+
+
+@pytest.mark.parametrize("method", ["spawn", "forkserver"])
+def test_another_process_plays_the_same(method):
+    with multiprocessing.get_context(method).Pool(1) as pool:
+        assert pool.map(_elsewhere, ["OfficeNav-Map-v0"]) == [golden_run("OfficeNav-Map-v0")]
+
+
+def _elsewhere(name):
+    return golden_run(name)
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_golden_trace(name):
+    """A change of behaviour needs a new version of the id, and ``tests/golden/make_office_nav.py`` run anew."""
+    assert golden_run(name) == json.loads(GOLDEN.read_text())[name]
+
+
+def test_the_suite_lists_the_variants():
+    office = suite("office_nav")
+    assert office.tasks == tuple(VARIANTS)
+    assert office.make("OfficeNav-Tall-v0").reset(seed=0)[0]["image"].shape == (56, 56, 3)
+    assert office.make_vec("quick", num_envs=3).num_envs == 3
+    with pytest.raises(UserError, match="one task"):
+        office.make_vec("all")
+
+
+# -- Bad input ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"task_id": 1200}, "0 to 1199.*train has 0 to 999, test 1000 to 1199"),
+        ({"task_id": -1}, "task_id -1"),
+        ({"task_id": 1.5}, "task_id 1.5"),
+        ({"task_id": True}, "task_id True"),
+        ({"task_id": 3, "split": "test"}, "not in split 'test', whose 200 ids are 1000"),
+        ({"split": "validation"}, "train, test, phrases, layout"),
+        ({"split": "style"}, "train, test, phrases, layout"),
+        ({"split": 3}, "split 3"),
+        ({"spilt": "test"}, "task_id, split, new_trial"),
+        ({"new_trial": "yes"}, "True or False"),
+        ({"new_trial": False, "task_id": 3}, "leave one of them out"),
+    ],
+)
+def test_bad_reset_options(options, words):
+    for env in (OfficeNavEnv("OfficeNav-Symbolic-v0"), OfficeNavVectorEnv(2, variant="OfficeNav-Symbolic-v0")):
+        env.reset(seed=0)
+        before = env._rows.state.copy()
+        with pytest.raises(UserError, match=words):
+            env.reset(options=options)
+        np.testing.assert_array_equal(env._rows.state, before)
+
+
+def test_a_finished_trial_does_not_go_on():
+    env = OfficeNavEnv("OfficeNav-Symbolic-v0")
+    with pytest.raises(UserError, match="first reset"):
+        env.reset(options={"new_trial": False})
+    env.reset(seed=0)
+    env.reset(options={"new_trial": False})
+    with pytest.raises(UserError, match="trial is finished .2 of 2"):
+        env.reset(options={"new_trial": False})
+    assert env.reset()[1]["trial"] == 1
+    with pytest.raises(UserError, match="a seed"):
+        env.reset(seed=0, options={"new_trial": False})
+    for seed in (-1, 1.5, "a"):
+        with pytest.raises(UserError, match="seed"):
+            env.reset(seed=seed)
+
+
+@pytest.mark.parametrize("action", [4, -1, 1.0, "left", None, True, np.array([1, 2]), np.float32(1)])
+def test_bad_action(action):
+    env = OfficeNavEnv("OfficeNav-Symbolic-v0")
+    with pytest.raises(UserError, match="reset"):
+        env.step(0)
+    env.reset(seed=0)
+    with pytest.raises(UserError, match="0 left, 1 right, 2 forward, 3 toggle"):
+        env.step(action)
+    assert env._rows.state[kernels.STEP, 0] == 0
+
+
+def test_bad_actions_of_a_vector():
+    envs = OfficeNavVectorEnv(3, variant="OfficeNav-Symbolic-v0", autoreset_mode="disabled")
+    with pytest.raises(UserError, match="reset"):
+        envs.step(np.zeros(3, int))
+    envs.reset(seed=0)
+    for actions in (np.zeros(2, int), np.zeros(3), np.zeros((3, 1), int), [[0], [0], [0]]):
+        with pytest.raises(UserError, match="give 3 integers from 0 to 3"):
+            envs.step(actions)
+    with pytest.raises(UserError, match="action 4 of environment 1"):
+        envs.step([0, 4, 0])
+    with pytest.raises(UserError, match="action -1 of environment 2"):
+        envs.step([0, 1, -1])
+    assert not envs._rows.state[kernels.STEP].any()
+    for _ in range(30):
+        envs.step([0, 0, 0])
+    with pytest.raises(UserError, match="environment 0: its episode has ended"):
+        envs.step([0, 0, 0])
+    for mask in (np.zeros(3, bool), np.ones(2, bool), [1, 0, 1]):
+        with pytest.raises(UserError, match="reset_mask"):
+            envs.reset(options={"reset_mask": mask})
+    with pytest.raises(UserError, match="2 seeds for 3"):
+        envs.reset(seed=[1, 2])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"variant": "OfficeNav-v9"}, "OfficeNav-Symbolic-v0"),
+        ({"split": "holdout"}, "train, test, phrases, layout"),
+        ({"layout": "round"}, "standard, tall, tall_skinny"),
+        ({"view": "depth"}, "rgb, symbolic"),
+        ({"sign": "braille"}, "text, picture"),
+        ({"horizon": 0}, "at least 1"),
+        ({"colour": "red"}, "unknown option"),
+        ({"render_mode": "human"}, "rgb_array, ansi"),
+        ({"variant": "OfficeNav-Released-v0", "layout": "tall"}, "as released"),
+    ],
+)
+def test_bad_arguments(arguments, words):
+    for make in (OfficeNavEnv, OfficeNavVectorEnv):
+        with pytest.raises(UserError, match=words):
+            make(**arguments)
+
+
+def test_bad_numbers_and_modes():
+    for number in (0, -1, 1.5, True):
+        with pytest.raises(UserError, match="num_envs"):
+            OfficeNavVectorEnv(number)
+    with pytest.raises(UserError, match="same_step"):
+        OfficeNavVectorEnv(2, autoreset_mode="sometimes")
+    with pytest.raises(UserError, match="num_envs"):
+        gym.make_vec("OfficeNav-v0", num_envs=0)
+    with pytest.raises(UserError, match="task id"):
+        building(-1)
+    with pytest.raises(UserError, match="layout"):
+        layout("round")
+    assert resolve_variant("Symbolic").view == "symbolic"

@@ -1,0 +1,172 @@
+"""The tensor environment: bit by bit the trajectories of the vector environment."""
+
+import numpy as np
+import pytest
+import torch
+
+from fleetgym.core.errors import UserError
+from fleetgym.envs.office_nav import rng
+from fleetgym.envs.office_nav.reference import OracleReader
+from fleetgym.envs.office_nav.torch_env import TorchOfficeNav, bits
+from fleetgym.envs.office_nav.vector import OfficeNavVectorEnv
+
+INFO = ("trial", "episode", "task_id", "phrase_id", "goal", "success")
+
+
+def same_observation(theirs, ours):
+    assert set(theirs) == set(ours)
+    for key in theirs:
+        assert np.array_equal(theirs[key], ours[key].numpy()), key
+
+
+def same_info(theirs, ours):
+    for key in INFO:
+        assert np.array_equal(theirs[key], ours[key].numpy()), key
+
+
+def actions_for(policy, observation, state, start, random, number):
+    """Half of the rows walk to the sign and to offices, half at random, so that all that there is is seen."""
+    chosen, state = policy.predict(observation, state, start)
+    chosen[::2] = random.integers(number, size=len(chosen))[::2]
+    wander = random.random(len(chosen)) < 0.01
+    return np.where(wander, random.integers(number, size=len(chosen)), chosen), state
+
+
+@pytest.mark.parametrize(
+    ("variant", "mode", "steps", "split"),
+    [
+        ("OfficeNav-v0", "same_step", 90, "train"),
+        ("OfficeNav-v0", "next_step", 100, "layout"),
+        ("OfficeNav-Symbolic-v0", "same_step", 200, "train"),
+        ("OfficeNav-Symbolic-v0", "next_step", 200, "phrases"),
+        ("OfficeNav-SingleGoal-v0", "next_step", 70, "test"),
+        ("OfficeNav-Tall-v0", "same_step", 100, "train"),
+        ("OfficeNav-TallSkinny-v0", "same_step", 70, "train"),
+        ("OfficeNav-Map-v0", "same_step", 66, "train"),
+        ("OfficeNav-Map-v0", "next_step", 66, "style"),
+        ("OfficeNav-Released-v0", "same_step", 100, "train"),
+    ],
+)
+def test_trajectories_are_those_of_the_vector_environment(variant, mode, steps, split):
+    number = 32  # times steps: thousands of steps each
+    theirs = OfficeNavVectorEnv(number, variant=variant, autoreset_mode=mode, split=split)
+    ours = TorchOfficeNav(number, "cpu", variant, autoreset=mode, split=split)
+    observation, info = theirs.reset(seed=7)
+    tensors, our_info = ours.reset(7)
+    same_observation(observation, tensors)
+    same_info(info, our_info)
+    plan = theirs._rows.tables.layouts[int(theirs._rows.tables.layout_of[theirs._rows.tables.split(split)])]
+    policy = OracleReader(plan, released=theirs.variant.released)
+    random, state, start = np.random.default_rng(1), None, np.ones(number, bool)
+    ended, signs, entered = np.zeros(number, bool), 0, 0
+    for _ in range(steps):
+        action, state = actions_for(policy, observation, state, start, random, theirs.single_action_space.n)
+        observation, reward, terminated, truncated, info = theirs.step(action)
+        tensors, our_reward, our_terminated, our_truncated, our_info = ours.step(torch.as_tensor(action))
+        # After the step that only resets, the next episode begins.
+        start, ended = (ended if mode == "next_step" else terminated | truncated), terminated | truncated
+        same_observation(observation, tensors)
+        same_info(info, our_info)
+        assert np.array_equal(reward.astype(np.float32), our_reward.numpy())
+        assert np.array_equal(terminated, our_terminated.numpy())
+        assert np.array_equal(truncated, our_truncated.numpy())
+        signs += int(observation["on_sign"].sum())
+        entered += int(terminated.sum())
+        if mode == "same_step":
+            rows = our_info["final_rows"].tolist()
+            assert rows == np.flatnonzero(ended).tolist()
+            for place, row in enumerate(rows):
+                final = {key: value[place] for key, value in our_info["final_obs"].items()}
+                same_observation(info["final_obs"][row], final)
+                for key in INFO:
+                    assert info["final_info"][key][row] == our_info["final_info"][key][place]
+    assert signs > 20 and entered > 5
+
+
+def test_reset_goes_on_with_the_trial_and_takes_the_options():
+    theirs = OfficeNavVectorEnv(6, variant="OfficeNav-Symbolic-v0", autoreset_mode="disabled")
+    ours = TorchOfficeNav(6, variant="Symbolic", autoreset="disabled")
+    mask = np.array([True, False, True, False, False, True])
+    for seed, options in (
+        (3, None),
+        (None, None),
+        (None, None),
+        (None, {"split": "test"}),
+        (None, {"task_id": 5}),
+        (None, {"new_trial": True}),
+        (None, {"split": "layout", "task_id": 1003}),
+        (None, {"reset_mask": mask}),
+        (None, None),
+        (4, None),
+        ([9, 8, 7, 6, 5, 2**63 + 5], {"split": "phrases"}),
+    ):
+        observation, info = theirs.reset(seed=seed, options=options)
+        tensors, our_info = ours.reset(seed, options=options)
+        same_observation(observation, tensors)
+        same_info(info, our_info)
+        for action in np.random.default_rng(0).integers(4, size=(5, 6)):
+            same_observation(theirs.step(action)[0], ours.step(torch.as_tensor(action))[0])
+
+
+def test_disabled_refuses_finished_episodes():
+    env = TorchOfficeNav(2, variant="Symbolic", autoreset="disabled", horizon=1)
+    env.reset(0)
+    _, _, _, truncated, _ = env.step(torch.zeros(2, dtype=torch.long))
+    assert truncated.all()
+    with pytest.raises(UserError, match="environment 0: its episode has ended"):
+        env.step(torch.zeros(2, dtype=torch.long))
+    env.reset(options={"reset_mask": truncated})
+    env.step(torch.zeros(2, dtype=torch.long))
+
+
+def test_signs_by_index():
+    pixels, index = TorchOfficeNav(8), TorchOfficeNav(8, sign="index")
+    one, two = pixels.reset(5)[0], index.reset(5)[0]
+    for action in (2, 2, 2, 2, 2, 1, 2, 2, 0):
+        one, *_ = pixels.step(torch.full((8,), action))
+        two, *_ = index.step(torch.full((8,), action))
+        assert torch.equal(one["sign"], index.sign_pixels[two["sign_index"]])
+    assert (two["sign_index"] > 0).all() and index.sign_pixels[0].sum() == 0
+
+
+def test_random_bits_are_those_of_the_others():
+    generator = np.random.default_rng(0)
+    seed = generator.integers(0, 1 << 64, 500, dtype=np.uint64)
+    trial, episode = generator.integers(0, 1 << 40, (2, 500))
+    expected = rng.bits(seed, trial, episode, 3)
+    found = bits(torch.as_tensor(seed.view(np.int64)), torch.as_tensor(trial), torch.as_tensor(episode), 3)
+    assert np.array_equal(expected.astype(np.int64), found.numpy())
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: TorchOfficeNav(0), "num_envs 0: it is an integer of at least 1"),
+        (lambda: TorchOfficeNav(2.5), "num_envs 2.5"),
+        (lambda: TorchOfficeNav(2, variant="OfficeNav-v9"), "OfficeNav-v9.*OfficeNav-Symbolic-v0"),
+        (lambda: TorchOfficeNav(2, "nonsense"), "device 'nonsense'"),
+        (lambda: TorchOfficeNav(2, autoreset="never"), "autoreset 'never'.*same_step"),
+        (lambda: TorchOfficeNav(2, sign="words"), "'words'.*pixels"),
+        (lambda: TorchOfficeNav(2, variant="Map", sign="index"), "signs of text"),
+        (lambda: TorchOfficeNav(2, split="style"), "split 'style'.*train, test, phrases, layout"),
+        (lambda: TorchOfficeNav(2).step(torch.zeros(2).long()), "step before reset"),
+        (lambda: _ready().step(torch.zeros(3).long()), r"actions of shape \(3,\).*integers \[2\]"),
+        (lambda: _ready().step(torch.zeros(2)), "float32"),
+        (lambda: _ready().step(torch.tensor([0, 4])), "actions from 0 to 4: they are 0 to 3"),
+        (lambda: _ready().reset(-1), "seed -1"),
+        (lambda: _ready().reset([1]), "1 seeds for 2 environments"),
+        (lambda: _ready().reset(options={"split": "tst"}), "split 'tst'"),
+        (lambda: _ready().reset(options={"task_id": 1200}), "task_id 1200: it is an integer from 0 to 1199"),
+        (lambda: _ready().reset(options={"tsk": 1}), "option of reset 'tsk'"),
+        (lambda: _ready().reset(options={"reset_mask": [True]}), r"reset_mask: it is bool \[2\]"),
+    ],
+)
+def test_bad_input(call, message):
+    with pytest.raises(UserError, match=message):
+        call()
+
+
+def _ready():
+    env = TorchOfficeNav(2, variant="Symbolic")
+    env.reset(0)
+    return env
