@@ -27,7 +27,9 @@ def test_python_blocks_run_in_order():
     assert "gym.make" in script and "merge(" in script and "WeightSpec" in script
     done = subprocess.run([sys.executable, "-W", "error", "-c", script], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    before, _, after = done.stdout.splitlines()[0].partition(" -> ")
+    phrase, distances, *_ = done.stdout.splitlines()
+    assert f'print(info["phrase"])  # "{phrase}"' in script
+    before, _, after = distances.partition(" -> ")
     assert float(after) < float(before)
 
 

@@ -24,7 +24,7 @@ class Extra:
 # The names are those of [project.optional-dependencies] in pyproject.toml; a test compares the two.
 EXTRAS: dict[str, Extra] = {
     "bench": Extra(("minigrid",), "peers that speed is measured beside"),
-    "dev": Extra(("pytest", "xdist", "hatchling", "ruff"), "tests, linting, building"),
+    "dev": Extra(("pytest", "xdist", "hatchling", "minigrid", "ruff"), "tests, linting, building"),
 }
 
 
