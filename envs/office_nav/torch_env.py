@@ -163,7 +163,8 @@ class TorchOfficeNav:
     """Many OfficeNav environments as tensors on one device, with the trajectories of the vector environment.
 
     With the same seeds and actions, observations, rewards and ends equal those of ``gym.make_vec`` to the bit. A step
-    waits for the device once (it asks which rows end an episode or see an office), and has no loop over environments.
+    waits for the device several times (it asks which rows end an episode, see an office or stand on a sign), and has no
+    loop over environments.
 
     Args:
         num_envs: How many environments.
