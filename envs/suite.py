@@ -30,6 +30,7 @@ class Task:
         instruction: What is to be done, one English sentence.
         horizon: Steps after which an episode is truncated.
         kwargs: What ``gym.make`` is given besides the id.
+        episodes: Episodes of a trial: ``reset()`` without a seed goes on with the next one. 1 without trials.
     """
 
     id: str
@@ -37,6 +38,7 @@ class Task:
     instruction: str
     horizon: int
     kwargs: Mapping[str, Any] = field(default_factory=dict)
+    episodes: int = 1
 
 
 @dataclass(frozen=True)
@@ -48,10 +50,12 @@ class EnvSuite:
         entries: Its tasks.
         splits: Named subsets of task names.
         paper: Where the tasks come from.
-        expert_function: ``"module:function"``; the function takes a task name and returns a ``Policy``.
+        expert_function: ``"module:function"``; the function takes a task name and the options of ``expert`` and returns
+            a ``Policy``.
         vector_function: ``"module:function"``; the function takes ``tasks`` (a tuple of names) and the arguments of
             ``make_vec`` and returns a vector environment.
         goals: The choices that ``goals`` has here.
+        opengl: Whether pictures need OpenGL; False for suites that draw by themselves.
     """
 
     name: str
@@ -61,6 +65,7 @@ class EnvSuite:
     expert_function: str | None = None
     vector_function: str | None = None
     goals: tuple[str, ...] = ("all", "train", "held_out")
+    opengl: bool = True
 
     @functools.cached_property
     def _by_id(self) -> dict[str, Task]:
@@ -175,8 +180,12 @@ class EnvSuite:
             raise UserError(f"suite {self.name!r} has no vector environments; make its tasks one by one")
         return _load(self.vector_function)(self.task_set(task_set), num_envs=num_envs, **kwargs)
 
-    def expert(self, task: str) -> Policy:
+    def expert(self, task: str, **options: Any) -> Policy:
         """The scripted expert of a task.
+
+        Args:
+            task: A task name.
+            **options: Of the suite's experts, such as ``episodes`` where there are trials.
 
         Raises:
             UserError: Unknown task, or a suite without experts.
@@ -184,7 +193,7 @@ class EnvSuite:
         self.task(task)
         if self.expert_function is None:
             raise UserError(f"suite {self.name!r} has no experts")
-        return _load(self.expert_function)(task)
+        return _load(self.expert_function)(task, **options)
 
 
 def _load(path: str) -> Any:

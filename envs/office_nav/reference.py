@@ -1,16 +1,18 @@
 """Policies that bound what an agent can reach in OfficeNav, and their exact scores.
 
 - *Oracle*: knows the goal and takes a shortest path. It is what a perfect reader reaches in the second episode.
-- *Non-reader*: opens as many doors as it can in the first episode, goes in the second to the nearest goal that it saw,
-  or searches the doors that it did not open. It bounds the best policy that never looks at the sign from below.
+- *Non-reader*: opens doors in the first episode, goes in the second to the nearest goal that it saw, or searches the
+  doors that it did not open. ``non_reader.best_non_reader`` shows that nothing better is possible without the sign.
 - *Random*: every action alike.
 
 ``oracle_score`` and ``non_reader_score`` are exact: sums over all buildings of shortest paths, no sampling.
+``random_score`` is a sum over all that a random walk can do.
 ``OracleReader`` and ``NonReader`` are the same policies as something that plays, from observations alone.
 """
 
 from __future__ import annotations
 
+import abc
 import functools
 import itertools
 import math
@@ -198,6 +200,36 @@ def search(layout: Layout, skip: Iterable[int] = ()) -> Search:
     return _search(layout.name, frozenset(int(k) for k in skip))
 
 
+@functools.lru_cache(maxsize=16)
+def _exploration(name: str, single_goal: bool) -> Search:
+    place = named(name)
+    hallways = place.columns // 2
+    best = None
+    for count in range(hallways):
+        for left_out in itertools.combinations(range(hallways), count):
+            plan = search(place, [k for k in range(place.offices) if k % place.columns // 2 in left_out])
+            score = _score(
+                (non_reader_steps(place, goals, plan), weight) for goals, weight in goal_sets(place, single_goal)
+            ).mean_return
+            if best is None or score > best[0] + 1e-9:
+                best = score, plan
+    assert best is not None
+    return best[1]
+
+
+def exploration(layout: Layout, single_goal: bool = False) -> Search:
+    """How the non-reader spends the first episode: the walk of ``search`` in those hallways that prove best.
+
+    Where many offices are blue it opens the nearest doors, for a near one is probably among them. A single one is
+    sought in the far hallway of the standard layout, since the near one can still be searched in the second episode.
+
+    Args:
+        layout: The geometry.
+        single_goal: Whether exactly one office is the goal.
+    """
+    return _exploration(layout.name, bool(single_goal))
+
+
 # ------------------------------------------------------------------------------------------------------------ scores
 
 
@@ -243,15 +275,15 @@ def oracle_steps(layout: Layout, goals: Sequence[int]) -> int:
     return min(len(path_to_office(layout, k)) for k in goals)
 
 
-def non_reader_steps(layout: Layout, goals: Sequence[int], explore: bool = True) -> int | None:
+def non_reader_steps(layout: Layout, goals: Sequence[int], first: Search | None) -> int | None:
     """Actions that the non-reader needs in the second episode; None if it does not get there.
 
     Args:
         layout: The geometry.
         goals: The goal offices.
-        explore: Whether it used the first episode; without, it searches in the second.
+        first: What it did in the first episode; None if nothing, so that it searches in the second.
     """
-    seen = search(layout).doors if explore else ()
+    seen = () if first is None else first.doors
     known = set(seen) & set(goals)
     if known:
         return oracle_steps(layout, sorted(known))
@@ -290,40 +322,94 @@ def oracle_score(layout: Layout, single_goal: bool = False, goals: Iterable[Sequ
 def non_reader_score(
     layout: Layout, single_goal: bool = False, goals: Iterable[Sequence[int]] | None = None, explore: bool = True
 ) -> Score:
-    """The exact score of the non-reader; arguments as of ``oracle_score`` and ``non_reader_steps``."""
-    return _score((non_reader_steps(layout, g, explore), weight) for g, weight in _sets(layout, single_goal, goals))
+    """The exact score of the non-reader.
+
+    Args:
+        layout: The geometry.
+        single_goal: Whether exactly one office is the goal.
+        goals: The goal offices of each building, to score given buildings instead of all.
+        explore: Whether it uses the first episode; without, it searches in the second.
+    """
+    first = exploration(layout, single_goal) if explore else None
+    return _score((non_reader_steps(layout, g, first), weight) for g, weight in _sets(layout, single_goal, goals))
 
 
-def scores_page() -> list[str]:
-    """The exact scores of every layout as lines of Markdown, for the page of the documentation."""
-    lines = [
-        "## Reference scores",
-        "",
-        "Exact means over all buildings, second episode of a trial: return, and share of episodes that reach a goal.",
-        "The oracle takes the shortest path to the nearest goal, which is what a perfect reader does. The non-reader",
-        "never looks at the sign: it opens doors in the first episode and goes to what it saw, or searches the rest;",
-        "the best policy without reading is at least as good. *Search* does without the first episode.",
-        "",
-        "| layout | goals | oracle | non-reader | search |",
-        "|---|---|---|---|---|",
-    ]
-    for plan in LAYOUTS.values():
-        for single in (False, True):
-            cells = [
-                f"{score.mean_return:.3f} ({100 * score.success:.1f}%)"
-                for score in (
-                    oracle_score(plan, single),
-                    non_reader_score(plan, single),
-                    non_reader_score(plan, single, explore=False),
-                )
-            ]
-            lines.append(f"| {plan.name} | {'one' if single else 'any blue office'} | {' | '.join(cells)} |")
-    lines += [
-        "",
-        "An agent that acts at random gets about -1.499, one that never arrives -1.5. `fleetgym bench office_nav`",
-        "plays these policies and measures reading: with signs that name another office, and with blank ones.",
-    ]
-    return lines
+@functools.lru_cache(maxsize=16)
+def _wandering(name: str, actions: int) -> tuple[np.ndarray, np.ndarray]:
+    """Chances that a random walk enters its first, and its second other office with each action, ``[HORIZON + 1]``."""
+    place = named(name)
+    doors = {(int(x), int(y)): k for k, (x, y) in enumerate(place.door_xy)}
+    offices = {(int(x), int(y)): k for k, (x, y) in enumerate(place.office_xy)}
+    cells = [(x, y) for y in range(place.height) for x in range(place.width) if not place.walls[y, x]]
+    number = {(x, y, d): 4 * i + d for i, (x, y) in enumerate(cells) for d in range(4)}
+    size = len(number)
+    ahead, door, office = (np.full(size, -1) for _ in range(3))
+    for (x, y, d), i in number.items():
+        front = (x + int(DIRECTIONS[d, 0]), y + int(DIRECTIONS[d, 1]))
+        ahead[i] = number.get((*front, d), i)
+        door[i] = doors.get(front, -1)
+        office[i] = offices.get((x, y), -1)
+    turned = np.arange(size) // 4 * 4 + (np.arange(size) + np.array([[3], [1]])) % 4
+
+    def spread(
+        sources: list[tuple[np.ndarray, np.ndarray]], home: int
+    ) -> tuple[np.ndarray, list[tuple[np.ndarray, np.ndarray]]]:
+        # States are open doors * size + pose. ``sources[t]``: states and chances that join after t actions.
+        arrived, entering = np.zeros(HORIZON + 1), []
+        states, chances = np.empty(0, np.int64), np.empty(0)
+        for time in range(HORIZON + 1):
+            joined, place_of = np.unique(np.concatenate([states, sources[time][0]]), return_inverse=True)
+            chances = np.bincount(place_of, np.concatenate([chances, sources[time][1]]), len(joined))
+            opened, pose = np.divmod(joined, size)
+            end = (office[pose] >= 0) & (office[pose] != home)
+            arrived[time] = chances[end].sum()
+            entering.append((joined[end], chances[end]))
+            opened, pose, chances = opened[~end], pose[~end], chances[~end] / actions
+            facing = door[pose] >= 0
+            bit = np.where(facing, np.int64(1) << np.maximum(door[pose], 0), 0)
+            forward = np.where(facing & (opened & bit == 0), pose, ahead[pose])
+            following = [(opened, turned[0][pose]), (opened, turned[1][pose]), (opened, forward), (opened ^ bit, pose)]
+            states = np.concatenate([doors_open * size + at for doors_open, at in following])
+            chances = np.tile(chances, 4)
+            if actions > 4:  # the others leave everything as it is
+                states = np.concatenate([states, opened * size + pose])
+                chances = np.concatenate([chances, chances[: len(pose)] * (actions - 4)])
+        return arrived, entering
+
+    nothing = (np.empty(0, np.int64), np.empty(0))
+    start = number[tuple(int(v) for v in place.start)]
+    first, entering = spread([(np.array([start]), np.ones(1))] + [nothing] * HORIZON, -1)
+    second = np.zeros(HORIZON + 1)
+    for k in range(place.offices):
+        sources = []
+        for states, chances in entering:
+            own = office[states % size] == k
+            sources.append((states[own], chances[own]))
+        second += spread(sources, k)[0]
+    return first, second
+
+
+def random_score(layout: Layout, single_goal: bool = False, actions: int = 4) -> Score:
+    """The score of a policy that takes every action alike.
+
+    A sum over all walks up to the second office that is entered; a third one is left out, which one walk in ten million
+    sees at most.
+
+    Args:
+        layout: The geometry.
+        single_goal: Whether exactly one office is the goal.
+        actions: 4, or 7 with the released actions, three of which do nothing.
+    """
+    if actions < 4:
+        raise UserError(f"actions {actions}: there are 4, or 7 as released")
+    sets = goal_sets(layout, single_goal)
+    # All offices are alike, so two of them stand for any two.
+    blue = math.fsum(weight for goals, weight in sets if 0 in goals)
+    then_blue = math.fsum(weight for goals, weight in sets if 0 not in goals and 1 in goals)
+    first, second = _wandering(layout.name, actions)
+    arrives = blue * first + then_blue * second
+    rows: list[tuple[int | None, float]] = [(time, float(chance)) for time, chance in enumerate(arrives) if chance]
+    return _score([*rows, (None, 1 - math.fsum(chance for _, chance in rows))])
 
 
 # ---------------------------------------------------------------------------------------------------------- policies
@@ -443,28 +529,37 @@ class Reader:
         return -1
 
 
-class OracleReader:
-    """Walks to the sign, reads it, walks to the office; knows the way in the trial's other episodes.
+class Scripted(abc.ABC):
+    """A policy that follows plans, row by row, in trials of some episodes; the base of those below.
+
+    Its state is, for each row: actions done in the episode, the episode's index in the trial (-1 before the first), the
+    goal office if that is known (else -1), and the plan that it follows.
 
     Args:
         layout: The geometry.
-        episodes: Episodes of a trial, after which what was read is forgotten.
+        episodes: Episodes of a trial, after which what was learnt is forgotten. With 1 each ``episode_start`` begins a
+            trial.
         released: Whether phrases and actions are those of the released code.
     """
 
+    #: Actions by plan and time, int64 ``[plans, HORIZON + 1]``, with the numbers of this module.
+    plans: np.ndarray
+
     def __init__(self, layout: Layout, episodes: int = 2, released: bool = False) -> None:
+        if episodes < 1:
+            raise UserError(f"episodes {episodes}: a trial has at least 1")
         self.layout, self.episodes = layout, episodes
         self._number = np.array([0, 1, 2, 5 if released else 3])
-        self.reader = Reader(layout, released)
-        n = layout.offices
-        there = path_to_sign(layout)
-        at = walk(layout, layout.start, there)
-        self._offices = n
-        self._plans = np.stack(
-            [_plan(there)]
-            + [_plan(path_to_office(layout, k)) for k in range(n)]
-            + [_plan([*there, *path_to_office(layout, k, at)]) for k in range(n)]
-        )
+
+    @abc.abstractmethod
+    def begin(self, known: np.ndarray, episode: np.ndarray) -> np.ndarray:
+        """The plans of rows ``[n]`` whose episode begins."""
+
+    @abc.abstractmethod
+    def learn(
+        self, batch: dict[str, np.ndarray], time: np.ndarray, known: np.ndarray, plan: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """``known`` and ``plan``, ``[B]`` each, after the observations ``batch``."""
 
     def predict(
         self,
@@ -473,7 +568,7 @@ class OracleReader:
         episode_start: np.ndarray | None = None,
         deterministic: bool = True,
     ) -> tuple[np.ndarray, tuple[np.ndarray, ...]]:
-        """The next actions, as ``Policy.predict``."""
+        """The next actions, as ``Policy.predict``; ``episode_start`` marks the first step of every episode."""
         batch, single = _batch(observation)
         number = len(batch["image"])
         if state is None:
@@ -485,31 +580,66 @@ class OracleReader:
             episode[new] = (episode[new] + 1) % self.episodes
             known[new & (episode == 0)] = -1
             time[new] = 0
-            plan[new] = np.where(known[new] < 0, 0, 1 + known[new])
-        for row in np.flatnonzero((batch["on_sign"].reshape(number) == 1) & (known < 0)):
-            known[row] = self.reader.cell(batch["sign"][row])
-            if known[row] >= 0:
-                plan[row] = 1 + self._offices + known[row]
-        action = self._number[self._plans[plan, np.minimum(time, HORIZON)]]
+            plan[new] = self.begin(known[new], episode[new])
+        known, plan = self.learn(batch, time, known, plan)
+        action = self._number[self.plans[plan, np.minimum(time, HORIZON)]]
         return (action[0] if single else action), (time + 1, episode, known, plan)
 
 
-class NonReader:
-    """Opens doors in the first episode and goes in the second to the nearest goal that it saw, or searches on.
+class OracleReader(Scripted):
+    """Walks to the sign, reads it, walks to the office; knows the way in the trial's other episodes.
 
-    It never looks at the sign. Arguments as of ``OracleReader``.
+    Arguments as of ``Scripted``.
     """
 
     def __init__(self, layout: Layout, episodes: int = 2, released: bool = False) -> None:
-        self.layout, self.episodes = layout, episodes
-        self._number = np.array([0, 1, 2, 5 if released else 3])
+        super().__init__(layout, episodes, released)
+        self.reader = Reader(layout, released)
+        self._offices = n = layout.offices
+        there = path_to_sign(layout)
+        at = walk(layout, layout.start, there)
+        self.plans = np.stack(
+            [_plan(there)]
+            + [_plan(path_to_office(layout, k)) for k in range(n)]
+            + [_plan([*there, *path_to_office(layout, k, at)]) for k in range(n)]
+        )
+
+    def begin(self, known: np.ndarray, episode: np.ndarray) -> np.ndarray:
+        """To the sign, or to the office where it is known."""
+        return np.where(known < 0, 0, 1 + known)
+
+    def learn(
+        self, batch: dict[str, np.ndarray], time: np.ndarray, known: np.ndarray, plan: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Reads the sign where it stands before it."""
+        for row in np.flatnonzero((batch["on_sign"].reshape(len(known)) == 1) & (known < 0)):
+            known[row] = self.reader.cell(batch["sign"][row])
+            if known[row] >= 0:
+                plan[row] = 1 + self._offices + known[row]
+        return known, plan
+
+
+class NonReader(Scripted):
+    """Opens doors in the first episode and goes in the second to the nearest goal that it saw, or searches on.
+
+    It never looks at the sign.
+
+    Args:
+        layout: The geometry.
+        episodes: Episodes of a trial.
+        released: Whether the actions are those of the released code.
+        single_goal: Whether exactly one office is blue; it is then sought in another order.
+    """
+
+    def __init__(self, layout: Layout, episodes: int = 2, released: bool = False, single_goal: bool = False) -> None:
+        super().__init__(layout, episodes, released)
         n = layout.offices
-        first = search(layout)
+        first = exploration(layout, single_goal)
         second = search(layout, first.doors)
         self._door = np.full((2, HORIZON + 2), -1)
         for row, plan in enumerate((first, second)):
             self._door[row, list(plan.times)] = plan.doors
-        self._plans = np.stack(
+        self.plans = np.stack(
             [_plan(first.actions), _plan(second.actions), _plan([FORWARD] * HORIZON)]
             + [_plan(path_to_office(layout, k)) for k in range(n)]
         )
@@ -523,34 +653,19 @@ class NonReader:
         tile = image[:, 33:39, 25:31].astype(np.int64).sum((1, 2))
         return (tile[:, 2] > 2 * tile[:, 0]) & (tile[:, 2] > 2 * tile[:, 1]) & (tile[:, 2] > 0)
 
-    def predict(
-        self,
-        observation: dict[str, Any],
-        state: tuple[np.ndarray, ...] | None = None,
-        episode_start: np.ndarray | None = None,
-        deterministic: bool = True,
-    ) -> tuple[np.ndarray, tuple[np.ndarray, ...]]:
-        """The next actions, as ``Policy.predict``."""
-        batch, single = _batch(observation)
-        number = len(batch["image"])
-        if state is None:
-            state = tuple(np.full(number, value) for value in (0, -1, -1, 0))
-            episode_start = np.ones(number, bool)
-        time, episode, known, plan = (part.copy() for part in state)
-        if episode_start is not None:
-            new = np.broadcast_to(np.asarray(episode_start, bool), (number,))
-            episode[new] = (episode[new] + 1) % self.episodes
-            known[new & (episode == 0)] = -1
-            time[new] = 0
-            plan[new] = np.where(episode[new] == 0, 0, np.where(known[new] < 0, 1, 3 + known[new]))
-        searching = plan < 2
-        door = np.where(searching, self._door[np.minimum(plan, 1), np.minimum(time, HORIZON + 1)], -1)
+    def begin(self, known: np.ndarray, episode: np.ndarray) -> np.ndarray:
+        """The first search, the second one, or to the office where a goal was seen."""
+        return np.where(episode == 0, 0, np.where(known < 0, 1, 3 + known))
+
+    def learn(
+        self, batch: dict[str, np.ndarray], time: np.ndarray, known: np.ndarray, plan: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Looks through the door just opened."""
+        door = np.where(plan < 2, self._door[np.minimum(plan, 1), np.minimum(time, HORIZON + 1)], -1)
         found = (door >= 0) & self._sees_goal(batch["image"])
         nearer = found & ((known < 0) | (self._length[door] < self._length[known]))
-        known = np.where(nearer, door, known)
-        plan = np.where(found & (plan == 1), 2, plan)  # two steps ahead lies the goal
-        action = self._number[self._plans[plan, np.minimum(time, HORIZON)]]
-        return (action[0] if single else action), (time + 1, episode, known, plan)
+        # Where it searches in the second episode, two steps ahead lies the goal.
+        return np.where(nearer, door, known), np.where(found & (plan == 1), 2, plan)
 
 
 class RandomPolicy:

@@ -3,15 +3,24 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
 from fleetgym.cli.options import parse
 from fleetgym.core.errors import UserError
+
+if TYPE_CHECKING:
+    import gymnasium as gym
+    import numpy as np
+
+    from fleetgym.core.policy import Policy
+
+#: Frames for which the film of a trial lingers where an episode ends, and where a sign comes into sight.
+PAUSE = 6
 
 
 @dataclass
@@ -25,10 +34,10 @@ class Options:
     """The film: a .gif or .mp4 file."""
 
     steps: int = 150
-    """At most so many steps."""
+    """At most so many steps an episode."""
 
-    every: int = 2
-    """Film one step in so many."""
+    every: int | None = None
+    """Film one step in so many; by default each one of tasks that have trials, else every second."""
 
     fps: float | None = None
     """Frames a second; by default those of the environment, at its own speed."""
@@ -39,16 +48,20 @@ class Options:
     policy: Path | None = None
     """A checkpoint or run to film, instead of the expert."""
 
+    split: str | None = None
+    """Where the trial comes from, in tasks that have trials: train, test, ..."""
+
     task_set: str | None = None
     """The split whose one-hot the policy was trained with; by default what the checkpoint notes, if it does."""
 
 
 def main(argv: Sequence[str]) -> int:
-    """Films one episode; 1 where nothing here can render."""
+    """Films one episode, or one trial; 1 where nothing here can render."""
     options = parse(Options, argv, "demo")
     for name in ("steps", "every"):
-        if getattr(options, name) < 1:
-            raise UserError(f"--{name} {getattr(options, name)}: it must be at least 1")
+        value = getattr(options, name)
+        if value is not None and value < 1:
+            raise UserError(f"--{name} {value}: it must be at least 1")
     if options.out.suffix.lower() not in (".gif", ".mp4"):
         raise UserError(f"--out {options.out}: end the name in .gif or .mp4")
 
@@ -62,18 +75,23 @@ def main(argv: Sequence[str]) -> int:
     from fleetgym.core.rollout import rollout
 
     target = find(options.target)
-    if backend == "disable" and target.suite is not None:
+    if backend == "disable" and target.opengl:
         print(NO_GL_HELP, file=sys.stderr)
         return 1
+    trial = target.episodes > 1
+    if options.split is not None and not trial:
+        raise UserError(f"--split {options.split}: {target.name} has no trials, and so no splits of them")
+    every = options.every or (1 if trial else 2)
     info: dict = {}
     if options.policy is not None:
         policy, info = load_policy(options.policy)
     else:
-        policy = target.expert()
+        policy = target.expert(episodes=target.episodes) if trial else target.expert()
     task_set = options.task_set or info.get("task_set")
     source = target.make_fn(
         render_mode="rgb_array",
         task_set=(tuple(task_set) if isinstance(task_set, list) else task_set) if target.suite is not None else None,
+        split=options.split,
     )
     fps = [options.fps]
 
@@ -81,14 +99,75 @@ def main(argv: Sequence[str]) -> int:
         env = (
             gym.make(source, render_mode="rgb_array", disable_env_checker=True) if isinstance(source, str) else source()
         )
-        fps[0] = options.fps or float(env.metadata.get("render_fps") or 30) / options.every
+        fps[0] = options.fps or float(env.metadata.get("render_fps") or 30) / every
         return env
 
-    (episode,) = rollout(
-        policy, make, [options.seed], max_steps=options.steps, render=options.every, record=False, stop_on_success=False
-    )
-    write_video(options.out, episode.frames, fps[0])
-    solved = "solved" if episode.success else "not solved"
-    print(f"{target.name}, seed {options.seed}: {episode.length} steps, {solved}, return {episode.ret:.4g}")
-    print(f"{len(episode.frames)} frames at {fps[0]:g} a second written to {options.out}")
+    if trial:
+        frames, lines = film_trial(policy, make, options.seed, target.episodes, options.steps, every)
+        print(f"{target.name}, seed {options.seed}:")
+        print("\n".join(f"  episode {number}: {line}" for number, line in enumerate(lines, 1)))
+    else:
+        (episode,) = rollout(
+            policy, make, [options.seed], max_steps=options.steps, render=every, record=False, stop_on_success=False
+        )
+        frames = episode.frames
+        print(f"{target.name}, seed {options.seed}: {_outcome(episode.length, episode.success, episode.ret)}")
+    write_video(options.out, frames, fps[0])
+    print(f"{len(frames)} frames at {fps[0]:g} a second written to {options.out}")
     return 0
+
+
+def _outcome(steps: int, success: bool, total: float) -> str:
+    return f"{steps} steps, {'solved' if success else 'not solved'}, return {total:.4g}"
+
+
+def film_trial(
+    policy: Policy, make: Callable[[], gym.Env], seed: int, episodes: int, max_steps: int, every: int = 1
+) -> tuple[list[np.ndarray], list[str]]:
+    """Films all episodes of a trial; the policy's memory lasts from one to the next.
+
+    Args:
+        policy: Gets ``episode_start`` at each episode's first step.
+        make: Makes the environment, with ``render_mode="rgb_array"``.
+        seed: Of the trial.
+        episodes: How many it has.
+        max_steps: Cuts an episode after so many steps; the next one begins where ``reset()`` goes on.
+        every: Keeps one frame in so many steps. An episode's last frame is kept ``PAUSE`` times, and so is the first
+            one of a visit to a sign (``observation["on_sign"]``).
+
+    Returns:
+        The frames, and a line about each episode.
+    """
+    import numpy as np
+
+    env = make()
+    frames: list[np.ndarray] = []
+    lines: list[str] = []
+    try:
+        state: Any = None
+        for number in range(episodes):
+            observation, info = env.reset(seed=seed if number == 0 else None)
+            frames.append(env.render())
+            total, steps, over, before = 0.0, 0, False, False
+            while not over and steps < max_steps:
+                start = np.array([steps == 0])
+                action, state = policy.predict(_batched(observation), state, start, True)
+                observation, reward, terminated, truncated, info = env.step(action[0])
+                total, steps, over = total + float(reward), steps + 1, bool(terminated or truncated)
+                visited = isinstance(observation, dict) and bool(observation.get("on_sign"))
+                linger = over or (visited and not before)
+                before = visited
+                if linger or steps % every == 0:
+                    frames += [env.render()] * (PAUSE if linger else 1)
+            lines.append(_outcome(steps, bool(info.get("success")), total))
+    finally:
+        env.close()
+    return frames, lines
+
+
+def _batched(observation: Any) -> Any:
+    import numpy as np
+
+    if isinstance(observation, dict):
+        return {key: np.asarray(value)[None] for key, value in observation.items()}
+    return np.asarray(observation)[None]

@@ -33,6 +33,16 @@ class Target:
         """The task in words; empty where nobody has said it."""
         return "" if self.suite is None else self.suite.task(self.name).instruction
 
+    @property
+    def episodes(self) -> int:
+        """Episodes of a trial; 1 where there are no trials."""
+        return 1 if self.suite is None else self.suite.task(self.name).episodes
+
+    @property
+    def opengl(self) -> bool:
+        """Whether its pictures are known to need OpenGL."""
+        return self.suite is not None and self.suite.opengl
+
     def goals(self, wanted: str) -> str | None:
         """``wanted`` where the suite has such a choice of goals, else None."""
         return wanted if self.suite is not None and wanted in self.suite.goals else None
@@ -54,15 +64,18 @@ class Target:
             raise UserError(f"{self.name} belongs to no suite, so it takes no {', '.join(options)}")
         return self.name
 
-    def expert(self) -> Policy:
+    def expert(self, **options: Any) -> Policy:
         """The scripted expert.
+
+        Args:
+            **options: Of the suite's experts.
 
         Raises:
             UserError: There is none.
         """
         if self.suite is None:
             raise UserError(f"{self.name} belongs to no suite and has no expert; pass --policy CHECKPOINT")
-        return self.suite.expert(self.name)
+        return self.suite.expert(self.name, **options)
 
 
 def all_suites() -> dict[str, Any]:
