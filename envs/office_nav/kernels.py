@@ -12,6 +12,7 @@ copies one and paints the offices that are seen in it.
 from __future__ import annotations
 
 import functools
+import hashlib
 from typing import NamedTuple
 
 import numba
@@ -47,10 +48,26 @@ _ONE, _30, _27, _31, _32, _8 = (np.uint64(n) for n in (1, 30, 27, 31, 32, 8))
 _FLOOR, _AGENT = tiles.FLOOR, tiles.AGENT
 _TASK_DRAW, _SIGN_DRAW = rng.TASK, rng.SIGN
 _DX, _DY = DIRECTIONS[:, 0].copy(), DIRECTIONS[:, 1].copy()
+_TURN = np.array([3, 1, 0, 0, 0])  # by effect
+_DOOR_BIT = np.zeros(CODES, np.int64)  # by code
+_DOOR_BIT[CODE_DOOR:CODE_OFFICE] = 1 << np.arange(MAX_OFFICES)
 
 
 def _jit(function):
-    """Compiles on the first call, and keeps the result on disk where there is a place for it."""
+    """Compiles on the first call, and keeps the result on disk where there is a place for it.
+
+    Numba takes the kept result for as long as this file stays as it is, but the numbers and arrays that a function
+    finds in this module are compiled in with it, and some of them come from other files. They and those of the
+    functions called are therefore a part of the name under which the result is kept: see ``__qualname__``.
+    """
+    digest = hashlib.sha256()
+    for name in sorted(function.__code__.co_names):
+        value = function.__globals__.get(name)
+        if isinstance(value, (int, float, tuple, np.generic, np.ndarray)):
+            digest.update(f"{name} {np.asarray(value).dtype} {np.asarray(value).tolist()}\n".encode())
+        elif hasattr(value, "py_func"):
+            digest.update(f"{value.py_func.__qualname__}\n".encode())
+    function.__qualname__ += f"_{digest.hexdigest()[:12]}"
     try:
         return numba.njit(cache=True, nogil=True)(function)
     except RuntimeError:  # no folder that could be written: compile anew in each process
@@ -362,13 +379,12 @@ def _next_episode(w, state, row):
 
 
 @_jit
-def draw_sign(w, state, row, sign):
-    """Draws an environment's sign into 2646 words."""
-    layout, shown = state[LAYOUT, row], state[SHOWN, row]
+def draw_sign(w, layout, shown, task, sign):
+    """Draws a sign into 2646 words: a phrase of the layout, or the task's building in a style."""
     if w.text.shape[0] > 0:
         sign[:] = w.text[w.text_start[layout] + shown]
         return
-    pixels, colours = sign.view(np.uint8), w.colours[layout, state[TASK, row]]
+    pixels, colours = sign.view(np.uint8), w.colours[layout, task]
     for pixel in range(84 * 84):
         office = w.region[layout, shown, pixel]
         for channel in range(3):
@@ -381,15 +397,12 @@ def draw_sign(w, state, row, sign):
 
 
 @_jit
-def _look(w, state, begin, end, only, image, words, rgb, sign, drawn, on_sign):
-    """Writes what environments see; ``only`` restricts it to finished ones, which are then written without gaps."""
+def _look(w, state, rows, image, words, rgb, on_sign):
+    """Writes what the environments ``rows`` see, one after the other, and whether they stand on the sign."""
     cells, first, near, which, slots, paint = w.cells, w.first, w.near, w.which, w.slots, w.paint
     symbols, bands, pixels, atlas, colours, widths = w.symbols, w.bands, w.pixels, w.atlas, w.colours, w.widths
-    most, serial = near.shape[2], 0
-    out = 0
-    for row in range(begin, end):
-        if only and not state[DONE, row]:
-            continue
+    most = near.shape[2]
+    for out, row in enumerate(rows):
         layout, doors = state[LAYOUT, row], state[DOORS, row]
         cell = state[Y, row] * widths[layout] + state[X, row]
         pose = cell * 4 + state[DIR, row]
@@ -424,16 +437,7 @@ def _look(w, state, begin, end, only, image, words, rgb, sign, drawn, on_sign):
             else:
                 for channel in range(3):
                     image[out, (x * VIEW + y) * 3 + channel] = paint[kind, channel]
-        on = cells[layout, cell] == CODE_SIGN
-        on_sign[out] = on
-        serial = state[SERIAL, row] if on else -1
-        if drawn[out] != serial:
-            drawn[out] = serial
-            if on:
-                draw_sign(w, state, row, sign[out])
-            else:
-                sign[out] = 0
-        out += 1
+        on_sign[out] = cells[layout, cell] == CODE_SIGN
 
 
 @_jit
@@ -446,11 +450,19 @@ def observe(sights, state, image, words, rgb, sign, drawn, on_sign):
         image: uint8 [B, 147], or anything 2D for pixels.
         words: uint64 [B, 1176], or anything 2D for symbols.
         rgb: Whether pixels are wanted.
-        sign: uint64 [B, 2646].
+        sign: uint64 [B, 2646]; or no rows, where signs are not wanted.
         drawn: int64 [B]: what ``sign`` holds, an episode's serial or -1 for zeros.
         on_sign: int64 [B].
     """
-    _look(sights, state, 0, state.shape[1], False, image, words, rgb, sign, drawn, on_sign)
+    _look(sights, state, range(state.shape[1]), image, words, rgb, on_sign)
+    for row in range(len(sign)):
+        serial = state[SERIAL, row] if on_sign[row] else -1
+        if drawn[row] != serial:
+            drawn[row] = serial
+            if on_sign[row]:
+                draw_sign(sights, state[LAYOUT, row], state[SHOWN, row], state[TASK, row], sign[row])
+            else:
+                sign[row] = 0
 
 
 @_jit
@@ -483,26 +495,22 @@ def step(w, state, actions, mode, rewards, terminated, truncated):
             _next_episode(w, state, row)
             rewards[row], terminated[row], truncated[row] = 0.0, False, False
             continue
-        effect = effects[actions[row]]
+        # Without branches, as nobody foresees which action comes next: what an action does not do, it does by 0.
+        effect, layout, doors = effects[actions[row]], state[LAYOUT, row], state[DOORS, row]
+        direction = (state[DIR, row] + _TURN[effect]) & 3
+        dx, dy = _DX[direction], _DY[direction]
+        code = np.int64(cells[layout, (state[Y, row] + dy) * widths[layout] + state[X, row] + dx])
+        door = _DOOR_BIT[code]
+        goes = (effect == FORWARD) & (code != CODE_WALL) & (door & ~doors == 0)
         state[STEP, row] += 1
+        state[DIR, row] = direction
+        state[X, row] += goes * dx
+        state[Y, row] += goes * dy
+        state[DOORS, row] = doors ^ door * (effect == TOGGLE)
         reward, done = STEP_REWARD, 0
-        if effect == LEFT:
-            state[DIR, row] = (state[DIR, row] + 3) & 3
-        elif effect == RIGHT:
-            state[DIR, row] = (state[DIR, row] + 1) & 3
-        elif effect == FORWARD or effect == TOGGLE:
-            layout, direction = state[LAYOUT, row], state[DIR, row]
-            x, y = state[X, row] + _DX[direction], state[Y, row] + _DY[direction]
-            code = np.int64(cells[layout, y * widths[layout] + x])
-            door = code - CODE_DOOR if CODE_DOOR <= code < CODE_OFFICE else -1
-            if effect == TOGGLE:
-                if door >= 0:
-                    state[DOORS, row] ^= 1 << door
-            elif code != CODE_WALL and (door < 0 or state[DOORS, row] >> door & 1):
-                state[X, row], state[Y, row] = x, y
-                if code >= CODE_OFFICE and colours[layout, state[TASK, row], code - CODE_OFFICE] == GOAL:
-                    reward, done = GOAL_REWARD, 1
-                    state[SUCCESS, row] = 1
+        if goes & (code >= CODE_OFFICE) and colours[layout, state[TASK, row], code - CODE_OFFICE] == GOAL:
+            reward, done = GOAL_REWARD, 1
+            state[SUCCESS, row] = 1
         if done == 0 and state[STEP, row] >= horizon:
             done = 2
         state[DONE, row] = done
@@ -512,31 +520,47 @@ def step(w, state, actions, mode, rewards, terminated, truncated):
 
 
 @_jit
-def finish(w, sights, state, image, words, rgb, sign, drawn, on_sign, info, which):
-    """Writes the last observation and info of the environments that ended, without gaps, and resets them.
+def _finish(w, sights, state, ended, rgb):
+    """What is seen and told last of the ``ended`` environments that are done, which then are reset.
 
-    Args:
-        w: The rules.
-        sights: The sights.
-        state: int64 [16, B].
-        image: uint8 [ended, 147], or anything 2D for pixels.
-        words: uint64 [ended, 1176], or anything 2D for symbols.
-        rgb: Whether pixels are wanted.
-        sign: uint64 [ended, 2646], zeros.
-        drawn: int64 [ended], all -1.
-        on_sign: int64 [ended].
-        info: int64 [6, ended].
-        which: int64 [ended], set to the environments.
+    Returns:
+        Which they are, int64 [ended]; their images, uint8 [ended, bytes]; whether they stand on the sign, int64
+        [ended]; the signs of those who do, uint64 [on, 2646]; and ``info`` of all, zeros but for those, int64 [6, B].
     """
-    _look(sights, state, 0, state.shape[1], True, image, words, rgb, sign, drawn, on_sign)
+    which, on_sign = np.empty(ended, np.int64), np.empty(ended, np.int64)
     place = 0
-    for row in range(state.shape[1]):
+    for row in range(state.shape[1] if ended else 0):
         if state[DONE, row]:
             which[place] = row
-            for entry in range(len(info)):
-                info[entry, place] = state[entry, row]
             place += 1
-            _next_episode(w, state, row)
+    info = np.zeros((len(INFO), state.shape[1] if ended else 0), np.int64)
+    image = np.empty((ended if not rgb else 0, VIEW * VIEW * 3), np.uint8)
+    words = np.empty((ended if rgb else 0, VIEW * BAND), np.uint64)
+    _look(sights, state, which, image, words, rgb, on_sign)
+    signs = np.empty((on_sign.sum(), SIGN_WORDS), np.uint64)
+    place = 0
+    for out, row in enumerate(which):
+        if on_sign[out]:
+            draw_sign(sights, state[LAYOUT, row], state[SHOWN, row], state[TASK, row], signs[place])
+            place += 1
+        for entry in range(len(INFO)):
+            info[entry, row] = state[entry, row]
+        _next_episode(w, state, row)
+    return which, words.view(np.uint8) if rgb else image, on_sign, signs, info
+
+
+@_jit
+def advance(w, sights, state, actions, mode, rewards, terminated, truncated, image, words, rgb, sign, drawn, on_sign):
+    """``step``, in ``SAME_STEP`` the reset of what has ended, and ``observe``, whose arguments these are.
+
+    Returns:
+        What ``step`` returns; and, of the environments that ended, what ``_finish`` returns (no rows in other modes).
+    """
+    ended = step(w, state, actions, mode, rewards, terminated, truncated)
+    last = _finish(w, sights, state, ended if mode == SAME_STEP and ended > 0 else 0, rgb)
+    if ended >= 0:
+        observe(sights, state, image, words, rgb, sign, drawn, on_sign)
+    return ended, last
 
 
 @_jit

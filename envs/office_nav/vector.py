@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,7 @@ from gymnasium.vector.utils import batch_space
 
 from fleetgym.core.errors import UserError, unknown
 from fleetgym.envs.office_nav import drawing, kernels
-from fleetgym.envs.office_nav.variants import Variant, resolve_variant, tables
+from fleetgym.envs.office_nav.variants import Tables, Variant, resolve_variant, tables
 
 _MODES = {
     AutoresetMode.SAME_STEP: kernels.SAME_STEP,
@@ -45,6 +46,138 @@ def resolve_autoreset_mode(mode: AutoresetMode | str) -> AutoresetMode:
     if str(mode).lower() not in modes:
         raise unknown("autoreset mode", mode, [mode.name.lower() for mode in AutoresetMode])
     return modes[str(mode).lower()]
+
+
+@dataclass(frozen=True)
+class Resets:
+    """What a call of ``reset`` comes to for each row; arrays [number].
+
+    Attributes:
+        mask: Which rows are reset, bool.
+        fresh: 0 goes on with the trial, 1 begins the next one, 2 begins trial 0 of a seed, int64.
+        split: The number of the split from now on, or -1 for the present one, int64.
+        task: The task id of the trial that begins, or -1 for one that is drawn, int64.
+        seeds: One a row or None.
+    """
+
+    mask: np.ndarray
+    fresh: np.ndarray
+    split: np.ndarray
+    task: np.ndarray
+    seeds: Sequence[int | None]
+
+    def drawn_seeds(self, draw_seed: Callable[[], int]) -> np.ndarray:
+        """The 64 bits of the seeds of the rows with ``fresh`` 2, int64; those that have none are drawn."""
+        given = (self.seeds[row] for row in np.flatnonzero(self.mask & (self.fresh == 2)))
+        seeds = [int(seed if seed is not None else draw_seed()) % (1 << 64) for seed in given]
+        return np.array(seeds, np.uint64).view(np.int64)
+
+
+def resolve_seeds(seed: Any, number: int) -> list[Any]:
+    """One seed for each of a number of environments: of an integer, ``seed + i``.
+
+    Raises:
+        UserError: As many seeds as there are not environments.
+    """
+    if seed is None or isinstance(seed, (int, np.integer)):
+        plain = seed is None or seed < 0 or isinstance(seed, bool)  # what is no seed is refused later on
+        return [seed if plain else int(seed) + i for i in range(number)]
+    seeds = list(seed)
+    if len(seeds) != number:
+        raise UserError(f"{len(seeds)} seeds for {number} environments; give one each, or one integer")
+    return seeds
+
+
+def resolve_mask(mask: Any, started: np.ndarray) -> np.ndarray:
+    """Which environments are reset, bool [number]; None means all.
+
+    Raises:
+        UserError: A mask of another shape or type, without a True, or before the first reset of all.
+    """
+    if mask is None:
+        return np.ones(len(started), bool)
+    mask = np.asarray(mask)
+    if mask.shape != started.shape or mask.dtype != bool or not mask.any():
+        raise UserError(
+            f"reset_mask: it is a bool array of shape {started.shape} with a True in it, "
+            f"not {mask.dtype} of shape {mask.shape}"
+        )
+    if not (mask | started).all():
+        raise UserError("reset_mask: the first reset is of all environments")
+    return mask
+
+
+def resolve_reset(
+    tables: Tables,
+    default: int,
+    seeds: Sequence[Any],
+    options: Mapping[str, Any] | None,
+    mask: np.ndarray,
+    started: np.ndarray,
+    episodes: Callable[[], np.ndarray],
+) -> Resets:
+    """What ``reset`` is to do, checked.
+
+    Args:
+        tables: The variant's tables.
+        default: The number of the split of trials that a seed begins.
+        seeds: One a row; None goes on without one.
+        options: ``task_id`` (an integer or one a row), ``split`` (a name or one a row) and ``new_trial``.
+        mask: Which rows are reset, bool [number].
+        started: Which rows have been seeded, bool [number].
+        episodes: Called for the present episode of each row's trial, [number], if that matters.
+
+    Raises:
+        UserError: Unknown option or split, an impossible task id or seed, or options that contradict each other.
+    """
+    number = len(mask)
+    options = dict(options or {})
+    for key in options:
+        if key not in _OPTIONS:
+            raise UserError(f"reset option {key!r}: the options are {', '.join(_OPTIONS)}")
+    names = _each("split", options.get("split"), str, number)
+    ids = _each("task_id", options.get("task_id"), (int, np.integer), number)
+    new = options.get("new_trial")
+    if new is not None and not isinstance(new, (bool, np.bool_)):
+        raise UserError(f"new_trial {new!r}: it is True or False")
+    task, split = np.full(number, -1), np.full(number, -1)
+    fresh = np.zeros(number, np.int64)
+    told = any(value is not None for value in (*options.values(), *seeds))
+    for row in np.flatnonzero(mask if told else mask & ~started):
+        seed, name, task_id = seeds[row], names[row], ids[row]
+        if seed is not None and (isinstance(seed, bool) or not isinstance(seed, (int, np.integer)) or seed < 0):
+            raise UserError(f"seed {seed!r}: it is a non-negative integer")
+        if task_id is not None:
+            task[row], split[row] = tables.check_task(task_id, name)
+        elif name is not None:
+            split[row] = tables.split(name)
+        elif seed is not None:
+            split[row] = default
+        begins = seed is not None or not started[row]
+        if new is not None and not new:
+            if begins or name is not None or task_id is not None:
+                what = "task_id" if task_id is not None else "split" if name is not None else "a seed"
+                what = what if name is not None or task_id is not None or seed is not None else "the first reset"
+                raise UserError(f"new_trial=False goes on with a trial, but {what} begins one; leave one of them out")
+            if episodes()[row] >= tables.variant.episodes:
+                raise UserError(
+                    f"new_trial=False: the trial is finished ({tables.variant.episodes} of {tables.variant.episodes} "
+                    f"episodes); reset() or new_trial=True begins the next one"
+                )
+        fresh[row] = 2 if begins else int(bool(new) or name is not None or task_id is not None)
+    return Resets(mask, fresh, split, task, seeds)
+
+
+def _each(key: str, value: Any, types: Any, number: int) -> Sequence[Any]:
+    if value is None or isinstance(value, types):
+        return [value] * number
+    if isinstance(value, np.ndarray):
+        value = value.tolist()
+    if key == "task_id" and isinstance(value, (bool, float, str, dict)):
+        return [value] * number  # refused with the ids that exist
+    if not isinstance(value, (list, tuple)) or len(value) != number:
+        raise UserError(f"{key} {value!r}: give one value, or {number}, one for each environment")
+    return value
 
 
 class Rows:
@@ -82,7 +215,7 @@ class Rows:
         self,
         seeds: Sequence[int | None],
         options: Mapping[str, Any] | None,
-        draw_seed: Any,
+        draw_seed: Callable[[], int],
         mask: np.ndarray | None = None,
     ) -> None:
         """Resets the rows of ``mask`` (all by default).
@@ -94,63 +227,20 @@ class Rows:
             mask: bool [number].
 
         Raises:
-            UserError: Unknown option or split, an impossible task id or seed, or options that contradict each other.
-                Nothing has been reset then.
+            UserError: See ``resolve_reset``. Nothing has been reset then.
         """
-        number = self.state.shape[1]
-        mask = np.ones(number, bool) if mask is None else mask
-        options = dict(options or {})
-        for key in options:
-            if key not in _OPTIONS:
-                raise UserError(f"reset option {key!r}: the options are {', '.join(_OPTIONS)}")
-        names = self._each("split", options.get("split"), str)
-        ids = self._each("task_id", options.get("task_id"), (int, np.integer))
-        new = options.get("new_trial")
-        if new is not None and not isinstance(new, (bool, np.bool_)):
-            raise UserError(f"new_trial {new!r}: it is True or False")
-        task, split = np.full(number, -1), np.full(number, -1)
-        fresh = np.zeros(number, np.int64)
-        for row in np.flatnonzero(mask):
-            seed, name, task_id = seeds[row], names[row], ids[row]
-            if seed is not None and (isinstance(seed, bool) or not isinstance(seed, (int, np.integer)) or seed < 0):
-                raise UserError(f"seed {seed!r}: it is a non-negative integer")
-            if task_id is not None:
-                task[row], split[row] = self.tables.check_task(task_id, name)
-            elif name is not None:
-                split[row] = self.tables.split(name)
-            elif seed is not None:
-                split[row] = self.default
-            begins = seed is not None or not self.started[row]
-            if new is False:
-                if begins or name is not None or task_id is not None:
-                    what = "task_id" if task_id is not None else "split" if name is not None else "a seed"
-                    what = what if name is not None or task_id is not None or seed is not None else "the first reset"
-                    raise UserError(
-                        f"new_trial=False goes on with a trial, but {what} begins one; leave one of them out"
-                    )
-                if self.state[kernels.EPISODE, row] >= self.variant.episodes:
-                    raise UserError(
-                        f"new_trial=False: the trial is finished ({self.variant.episodes} of {self.variant.episodes} "
-                        f"episodes); reset() or new_trial=True begins the next one"
-                    )
-            fresh[row] = 2 if begins else int(bool(new) or name is not None or task_id is not None)
-        for row in np.flatnonzero(mask & (fresh == 2)):
-            seed = int(seeds[row] if seeds[row] is not None else draw_seed())
-            self.state[kernels.SEED, row] = np.uint64(seed % (1 << 64)).astype(np.int64)
-        kernels.reset(self.rules, self.state, mask, fresh, split, task)
-        self.started |= mask
+        mask = np.ones(len(self.started), bool) if mask is None else mask
+        resets = resolve_reset(
+            self.tables, self.default, seeds, options, mask, self.started, lambda: self.state[kernels.EPISODE]
+        )
+        self.apply(resets, draw_seed)
 
-    def _each(self, key: str, value: Any, types: Any) -> Sequence[Any]:
-        number = self.state.shape[1]
-        if value is None or isinstance(value, types):
-            return [value] * number
-        if isinstance(value, np.ndarray):
-            value = value.tolist()
-        if key == "task_id" and isinstance(value, (bool, float, str, dict)):
-            return [value] * number  # refused with the ids that exist
-        if not isinstance(value, (list, tuple)) or len(value) != number:
-            raise UserError(f"{key} {value!r}: give one value, or {number}, one for each environment")
-        return value
+    def apply(self, resets: Resets, draw_seed: Callable[[], int]) -> None:
+        """Resets as resolved; arguments as of ``reset``."""
+        fresh = resets.mask & (resets.fresh == 2)
+        self.state[kernels.SEED, fresh] = resets.drawn_seeds(draw_seed)
+        kernels.reset(self.rules, self.state, resets.mask, resets.fresh, resets.split, resets.task)
+        self.started |= resets.mask
 
     def phrase(self, row: int) -> str:
         """What the row's sign says; for a picture, its style."""
@@ -164,7 +254,8 @@ class Rows:
     def sign(self, row: int) -> np.ndarray:
         """What hangs at the sign's place now, uint8 [84, 84, 3]; a new array."""
         words = np.empty(kernels.SIGN_WORDS, np.uint64)
-        kernels.draw_sign(self.sights, self.state, row, words)
+        s = self.state
+        kernels.draw_sign(self.sights, s[kernels.LAYOUT, row], s[kernels.SHOWN, row], s[kernels.TASK, row], words)
         return words.view(np.uint8).reshape(84, 84, 3)
 
     def frame(self, row: int) -> np.ndarray:
@@ -268,17 +359,18 @@ class OfficeNavVectorEnv(VectorEnv):
         """The phrases by ``phrase_id`` in the variant's own layout; empty for pictures."""
         return self._rows.tables.phrases[0]
 
-    def _observe(self) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    def _turned(self) -> tuple[np.ndarray, ...]:
+        """The other set of arrays, which is to be written now: image, words, sign words and what the signs hold."""
         self._turn ^= 1
-        image, sign, words, sign_words = self._buffers[self._turn]
-        on_sign = np.empty(self.num_envs, np.int64)
-        rows = self._rows
-        flat = image.reshape(self.num_envs, -1)
-        drawn = self._drawn[self._turn]
-        kernels.observe(rows.sights, rows.state, flat, words, self._rgb, sign_words, drawn, on_sign)
-        info = rows.state[: len(kernels.INFO)].copy()
+        image, _, words, sign_words = self._buffers[self._turn]
+        return image.reshape(self.num_envs, -1), words, sign_words, self._drawn[self._turn]
+
+    def _seen(self, on_sign: np.ndarray) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+        """Observation and infos out of the arrays that were written last."""
+        image, sign, _, _ = self._buffers[self._turn]
         if self.copy:
             image, sign = image.copy(), sign.copy()
+        info = self._rows.state[: len(kernels.INFO)].copy()
         return {"image": image, "sign": sign, "on_sign": on_sign}, self._infos(info, self._all)
 
     def _infos(self, info: np.ndarray, mask: np.ndarray) -> dict[str, Any]:
@@ -300,29 +392,20 @@ class OfficeNavVectorEnv(VectorEnv):
         Raises:
             UserError: See ``OfficeNavEnv.reset``; or seeds or a mask of the wrong size.
         """
-        if seed is None or isinstance(seed, (int, np.integer)):
-            base = None if seed is None or seed < 0 or isinstance(seed, bool) else int(seed)
-            seeds: Sequence[Any] = [seed if base is None else base + i for i in range(self.num_envs)]
-        else:
-            seeds = list(seed)
-            if len(seeds) != self.num_envs:
-                raise UserError(f"{len(seeds)} seeds for {self.num_envs} environments; give one each, or one integer")
-        options = dict(options or {})
-        mask = options.pop("reset_mask", None)
-        if mask is not None:
-            mask = np.asarray(mask)
-            if mask.shape != (self.num_envs,) or mask.dtype != bool or not mask.any():
-                raise UserError(
-                    f"reset_mask: it is a bool array of shape ({self.num_envs},) with a True in it, "
-                    f"not {mask.dtype} of shape {mask.shape}"
-                )
-            if not (mask | self._rows.started).all():
-                raise UserError("reset_mask: the first reset is of all environments")
+        rows, options = self._rows, dict(options or {})
+        seeds = resolve_seeds(seed, self.num_envs)
+        mask = resolve_mask(options.pop("reset_mask", None), rows.started)
+        resets = resolve_reset(
+            rows.tables, rows.default, seeds, options, mask, rows.started, lambda: rows.state[kernels.EPISODE]
+        )
         given = next((value for value in seeds if value is not None), None)
-        if given is not None and isinstance(given, (int, np.integer)) and given >= 0:
+        if given is not None:
             super().reset(seed=int(given))
-        self._rows.reset(seeds, options, lambda: int(self.np_random.integers(1 << 63)), mask)
-        return self._observe()
+        rows.apply(resets, lambda: int(self.np_random.integers(1 << 63)))
+        image, words, sign, drawn = self._turned()
+        on_sign = np.empty(self.num_envs, np.int64)
+        kernels.observe(rows.sights, rows.state, image, words, self._rgb, sign, drawn, on_sign)
+        return self._seen(on_sign)
 
     def step(
         self, actions: np.ndarray
@@ -346,31 +429,38 @@ class OfficeNavVectorEnv(VectorEnv):
         if not rows.started.all():
             raise UserError("step before reset; call reset() first")
         actions = np.ascontiguousarray(actions, np.int64)
-        rewards = np.empty(number)
+        rewards, on_sign = np.empty(number), np.empty(number, np.int64)
         terminated, truncated = np.empty(number, bool), np.empty(number, bool)
-        ended = kernels.step(rows.rules, rows.state, actions, self._mode, rewards, terminated, truncated)
-        if ended < 0:
-            self._refuse(ended, actions)
-        if not ended or self._mode != kernels.SAME_STEP:
-            observation, infos = self._observe()
-            return observation, rewards, terminated, truncated, infos
-        image, sign, words, sign_words = self._arrays(ended)
-        on_sign, info = np.empty(ended, np.int64), np.empty((len(kernels.INFO), ended), np.int64)
-        which, drawn = np.empty(ended, np.int64), np.full(ended, -1)
-        flat = image.reshape(ended, -1)
-        kernels.finish(
-            rows.rules, rows.sights, rows.state, flat, words, self._rgb, sign_words, drawn, on_sign, info, which
+        image, words, sign, drawn = self._turned()
+        ended, (which, last_image, last_on, signs, last_info) = kernels.advance(
+            rows.rules,
+            rows.sights,
+            rows.state,
+            actions,
+            self._mode,
+            rewards,
+            terminated,
+            truncated,
+            image,
+            words,
+            self._rgb,
+            sign,
+            drawn,
+            on_sign,
         )
-        observation, infos = self._observe()
-        final = np.full(number, None, object)
-        final[which] = [{"image": picture, "sign": self._blank, "on_sign": on} for picture, on in zip(image, on_sign)]
-        for place in np.flatnonzero(on_sign):
-            final[which[place]]["sign"] = sign[place]
-        done = terminated | truncated
-        spread = np.zeros((len(info), number), np.int64)
-        spread[:, which] = info
-        infos["final_obs"], infos["_final_obs"] = final, done
-        infos["final_info"], infos["_final_info"] = self._infos(spread, done), done
+        if ended < 0:
+            self._turn ^= 1
+            self._refuse(ended, actions)
+        observation, infos = self._seen(on_sign)
+        if len(which):
+            final, done = np.full(number, None, object), terminated | truncated
+            last_image = last_image.reshape(ended, *self.variant.image_shape)
+            blank = self._blank
+            final[which] = [{"image": seen, "sign": blank, "on_sign": on} for seen, on in zip(last_image, last_on)]
+            for row, hangs in zip(which[last_on != 0], signs.view(np.uint8).reshape(-1, 84, 84, 3)):
+                final[row]["sign"] = hangs
+            infos["final_obs"], infos["_final_obs"] = final, done
+            infos["final_info"], infos["_final_info"] = self._infos(last_info, done), done
         return observation, rewards, terminated, truncated, infos
 
     def _refuse(self, code: int, actions: np.ndarray) -> None:
