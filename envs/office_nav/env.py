@@ -80,16 +80,8 @@ class OfficeNavEnv(gym.Env):
         words = flat.view(np.uint64) if self._rgb else self._nothing
         sign_words, drawn = sign.reshape(1, -1).view(np.uint64), np.full(1, -1)
         kernels.observe(rows.sights, rows.state, flat, words, self._rgb, sign_words, drawn, self._on_sign)
-        trial, episode, task, shown, goal, success = rows.state[: len(kernels.INFO), 0].tolist()
-        info = {
-            "trial": trial,
-            "episode": episode,
-            "task_id": task,
-            "phrase": rows.phrase(0),
-            "phrase_id": shown,
-            "goal": goal,
-            "success": bool(success),
-        }
+        info: dict[str, Any] = dict(zip(kernels.INFO, rows.state[: len(kernels.INFO), 0].tolist()))
+        info["phrase"], info["success"] = rows.phrase(0), bool(info["success"])
         return {"image": image, "sign": sign, "on_sign": self._on_sign[0]}, info
 
     def reset(
@@ -109,9 +101,9 @@ class OfficeNavEnv(gym.Env):
             UserError: Unknown option or split, an impossible task id, or ``new_trial=False`` when the trial is
                 finished; the message names what is allowed. Nothing has been reset then.
         """
-        if seed is None or (isinstance(seed, (int, np.integer)) and seed >= 0):
-            super().reset(seed=None if seed is None else int(seed))
         self._rows.reset([seed], options, lambda: int(self.np_random.integers(1 << 63)))
+        if seed is not None:  # known to be good by now
+            super().reset(seed=int(seed))
         return self._observe()
 
     def step(self, action: int) -> tuple[dict[str, Any], float, bool, bool, dict[str, Any]]:
@@ -152,5 +144,11 @@ class OfficeNavEnv(gym.Env):
         return self._rows.frame(0) if self.render_mode == "rgb_array" else self._rows.text(0)
 
     def sign(self) -> np.ndarray:
-        """What hangs at the sign's place in this episode, wherever the agent is; uint8 [84, 84, 3]."""
+        """What hangs at the sign's place in this episode, wherever the agent is; uint8 [84, 84, 3].
+
+        Raises:
+            UserError: Not reset yet.
+        """
+        if not self._rows.started[0]:
+            raise UserError("sign before reset; call reset() first")
         return self._rows.sign(0)

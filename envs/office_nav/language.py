@@ -28,6 +28,7 @@ from fractions import Fraction
 import numpy as np
 
 from fleetgym.core.errors import UserError, unknown
+from fleetgym.envs.office_nav.rng import UNIT
 
 #: Columns of a building by its number of offices; all have three rows.
 COLUMNS = {12: 4, 18: 6}
@@ -36,8 +37,6 @@ ROWS = 3
 HELD_OUT = "3rd office in the 2nd row"
 #: The subsets of the grammar that ``phrase_table`` knows.
 SPLITS = ("all", "train", "phrases")
-#: What a probability of 1 is in the cumulative tables.
-UNIT = 1 << 24
 
 # On a corner u < 0.3 names it so; on the upper and lower rows u < 0.6 names the row; else column and row are counted.
 _CORNER = Fraction(3, 10)

@@ -551,8 +551,7 @@ def _gems(plan: Layout) -> _Picture:
     rooms = picture.region >= 0
     picture.paint(_grow(rooms, 1, False) & ~rooms, (214, 172, 84))
     facets = [(-1, -1), (-1, 1), (1, -1), (1, 1)]
-    for (x, y), (door, _) in zip(plan.office_xy.tolist(), plan.door_xy.tolist()):
-        del door  # the setting is symmetrical, whichever side the door is on
+    for x, y in plan.office_xy.tolist():
         for number, (across, down) in enumerate(facets):
             part = ((canvas.x - x - 0.5) * across > 0) & ((canvas.y - y - 0.5) * down > 0)
             near = canvas.disc(x, y, 8)

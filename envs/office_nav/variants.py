@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 
-from fleetgym.core.errors import UserError, unknown
+from fleetgym.core.errors import UserError
 from fleetgym.envs.office_nav import language
 from fleetgym.envs.office_nav.buildings import buildings, sign_goals
 from fleetgym.envs.office_nav.layout import HORIZON, LAYOUTS, Layout
@@ -52,6 +52,9 @@ class Variant:
         test_tasks: As many ids after those are held out.
         horizon: Steps after which an episode is truncated.
         episodes: Episodes in a trial.
+
+    Raises:
+        UserError: An impossible value; the message names what is allowed.
     """
 
     id: str
@@ -65,6 +68,19 @@ class Variant:
     horizon: int = HORIZON
     episodes: int = 2
 
+    def __post_init__(self) -> None:
+        changed = [key for key, value in _RELEASED.items() if self.released and getattr(self, key) != value]
+        if changed:
+            raise UserError(f"{self.id} is as released: {', '.join(changed)} cannot be changed")
+        for key, choices in _CHOICES.items():
+            if getattr(self, key) not in choices:
+                raise UserError(f"{key} {getattr(self, key)!r}: it is one of {', '.join(map(str, choices))}")
+        for key, most in _NUMBERS.items():
+            value = getattr(self, key)
+            least = int(not (self.released and key == "test_tasks"))
+            if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or not least <= value <= most:
+                raise UserError(f"{key} {value!r}: it is an integer of at least {least} and at most {most}")
+
     @property
     def actions(self) -> tuple[str, ...]:
         """The names of the actions, by number."""
@@ -76,6 +92,16 @@ class Variant:
         return (56, 56, 3) if self.view == "rgb" else (7, 7, 3)
 
 
+_CHOICES = {
+    "view": ("rgb", "symbolic"),
+    "layout": tuple(LAYOUTS),
+    "sign": ("text", "picture"),
+    "single_goal": (False, True),
+}
+_RELEASED = {"layout": "standard", "sign": "text", "single_goal": False, "train_tasks": 200, "test_tasks": 0}
+# Buildings stand in tables, so that there is a limit to their number.
+_NUMBERS = {"train_tasks": 10**6, "test_tasks": 10**6, "horizon": 10**9, "episodes": 10**9}
+
 #: The variants of the 2D office by id.
 VARIANTS: dict[str, Variant] = {
     variant.id: variant
@@ -86,12 +112,9 @@ VARIANTS: dict[str, Variant] = {
         Variant("OfficeNav-Tall-v0", layout="tall"),
         Variant("OfficeNav-TallSkinny-v0", layout="tall_skinny"),
         Variant("OfficeNav-Map-v0", sign="picture"),
-        Variant("OfficeNav-Released-v0", view="symbolic", released=True, train_tasks=200, test_tasks=0),
+        Variant("OfficeNav-Released-v0", view="symbolic", released=True, **_RELEASED),
     )
 }
-
-_CHOICES = {"view": ("rgb", "symbolic"), "layout": tuple(LAYOUTS), "sign": ("text", "picture")}
-_NUMBERS = {"train_tasks": 1, "test_tasks": 1, "horizon": 1, "episodes": 1}
 
 
 def resolve_variant(variant: str | Variant = "OfficeNav-v0", changes: Mapping[str, Any] | None = None) -> Variant:
@@ -105,21 +128,14 @@ def resolve_variant(variant: str | Variant = "OfficeNav-v0", changes: Mapping[st
         UserError: Unknown id or attribute, or an impossible value; the message names what is allowed.
     """
     if not isinstance(variant, Variant):
-        name = variant if variant in VARIANTS else f"OfficeNav-{variant}-v0"
+        name = str(variant) if str(variant) in VARIANTS else f"OfficeNav-{variant}-v0"
         if name not in VARIANTS:
             raise UserError(f"unknown variant {variant!r}; the variants are {', '.join(VARIANTS)}")
         variant = VARIANTS[name]
     changes = dict(changes or {})
-    allowed = {*_CHOICES, *_NUMBERS, "single_goal"}
-    for key, value in changes.items():
-        if key not in allowed:
-            raise unknown("option of OfficeNav", key, sorted(allowed))
-        if key in _CHOICES and value not in _CHOICES[key]:
-            raise UserError(f"{key} {value!r}: it is one of {', '.join(_CHOICES[key])}")
-        if key in _NUMBERS and (isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < 1):
-            raise UserError(f"{key} {value!r}: it is an integer of at least {_NUMBERS[key]}")
-    if variant.released and (fixed := changes.keys() & {"layout", "sign", "single_goal", "train_tasks", "test_tasks"}):
-        raise UserError(f"{variant.id} is as released: {', '.join(sorted(fixed))} cannot be changed")
+    for key in changes:
+        if key not in _CHOICES and key not in _NUMBERS:
+            raise UserError(f"unknown option {key!r} of OfficeNav; the options are {', '.join([*_CHOICES, *_NUMBERS])}")
     return replace(variant, **changes)
 
 

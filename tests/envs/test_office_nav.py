@@ -1,10 +1,12 @@
 """OfficeNav: geometry, dynamics, trials, splits, and that single and vector environments agree."""
 
+import copy
 import hashlib
 import itertools
 import json
-import multiprocessing
 import pickle
+import subprocess
+import sys
 import warnings
 from pathlib import Path
 
@@ -18,7 +20,7 @@ import fleetgym  # noqa: F401  (registers the ids)
 from fleetgym.core.errors import UserError
 from fleetgym.envs import suite
 from fleetgym.envs.office_nav import kernels, language, rng, signs, tiles
-from fleetgym.envs.office_nav.buildings import building, buildings, sign_goals
+from fleetgym.envs.office_nav.buildings import building, buildings
 from fleetgym.envs.office_nav.env import OfficeNavEnv
 from fleetgym.envs.office_nav.layout import COLOURS, LAYOUTS, layout
 from fleetgym.envs.office_nav.variants import SPLITS, VARIANTS, resolve_variant, tables
@@ -37,70 +39,6 @@ def path_to(plan, office):
 
 
 # -- Geometry, buildings, bits -----------------------------------------------------------------------------------------
-
-
-def test_the_paper_s_layout_is_that_of_the_released_code():
-    drawn = """
-        #############
-        #oD Do#oD Do#
-        ### ##### ###
-        #oD Do#oD Do#
-        ### ##### ###
-        #oD Do#oD Do#
-        ### ##### ###
-        #           #
-        ###### ######
-        ######S######
-        #############""".split("\n")[1:]
-    plan = layout("standard")
-    codes = kernels.cell_codes(plan)
-    letters = ["#", " ", "S", *["D"] * 18, *["o"] * 18]
-    assert ["".join(letters[code] for code in row) for row in codes] == [line.strip() for line in drawn]
-    assert plan.start == (1, 7, 0) and plan.sign_xy == (6, 9) and plan.sign_distance == 8
-
-
-@pytest.mark.parametrize(
-    ("name", "size", "rows", "columns", "corridor"),
-    [
-        ("standard", (13, 11), (1, 3, 5), (1, 5, 7, 11), 7),
-        ("tall_skinny", (13, 14), (1, 4, 7), (1, 5, 7, 11), 10),
-        ("tall", (19, 14), (1, 4, 7), (1, 5, 7, 11, 13, 17), 10),
-    ],
-)
-def test_layouts(name, size, rows, columns, corridor):
-    plan = layout(name)
-    assert (plan.width, plan.height) == size and plan.walls.shape == size[::-1]
-    assert plan.office_xy.tolist() == [[x, y] for y in rows for x in columns]
-    assert plan.door_xy.tolist() == [[x + (1 if k % 2 == 0 else -1), y] for y in rows for k, x in enumerate(columns)]
-    assert plan.start == (1, corridor, 0) and plan.sign_xy == (6, corridor + 2)
-    assert plan.distances.tolist() == [len(path_to(plan, k)) for k in range(plan.offices)]
-
-
-def test_lengths_and_returns_of_the_shortest_paths():
-    plan = layout("standard")
-    assert plan.distances.reshape(3, 4).tolist() == [[13, 13, 19, 19], [11, 11, 17, 17], [9, 9, 15, 15]]
-    returns = 1 - 0.05 * (plan.distances - 1)
-    np.testing.assert_allclose(returns.reshape(3, 4)[:, ::2], [[0.4, 0.1], [0.5, 0.2], [0.6, 0.3]])
-    assert returns.mean() == pytest.approx(0.35)
-    tall = layout("tall").distances
-    assert (tall.min(), tall.max()) == (10, 28)
-
-
-def test_buildings_are_those_of_the_released_code():
-    released = buildings(200, "standard", False, False)
-    blue = (released == 0).sum(1)
-    assert (blue.mean(), blue.min(), blue.max()) == (1.98, 1, 5)
-    goals = sign_goals(released, layout("standard"))
-    assert (1 - 0.05 * (layout("standard").distances[goals] - 1)).mean() == pytest.approx(0.442, abs=5e-4)
-    assert all(set(row) == set(range(6)) for row in released.tolist())
-    # Twelve strings as the released code makes them, shuffled column by column.
-    for task_id in (0, 1, 77):
-        random = np.random.RandomState(task_id)
-        names = list(COLOURS)
-        names += [random.choice(COLOURS) for _ in range(6)]
-        random.shuffle(names)
-        columns = np.array(names).reshape(4, 3).T.ravel()
-        assert [COLOURS[colour] for colour in building(task_id)] == columns.tolist()
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
@@ -194,101 +132,12 @@ def test_views_and_moves_are_minigrid_s(name, split, layout_split):
     assert len(places) > 40
 
 
-def slow_seen(kinds_at, x, y, direction):
-    """What is seen from a place, tile kinds [7 rows, 7 columns], written down from the rule's description."""
-    ahead, right = ((1, 0), (0, 1), (-1, 0), (0, -1))[direction], ((0, 1), (-1, 0), (0, -1), (1, 0))[direction]
-    grid = [
-        [
-            kinds_at(x + (6 - r) * ahead[0] + (c - 3) * right[0], y + (6 - r) * ahead[1] + (c - 3) * right[1])
-            for c in range(7)
-        ]
-        for r in range(7)
-    ]
-    seen = np.zeros((7, 7), bool)
-    seen[6, 3] = True
-    for r in range(6, -1, -1):
-        for columns, side in ((range(6), 1), (range(6, 0, -1), -1)):
-            for c in columns:
-                if seen[r, c] and grid[r][c] not in (tiles.WALL, tiles.CLOSED):
-                    seen[r, c + side] = True
-                    if r:
-                        seen[r - 1, c + side] = seen[r - 1, c] = True
-    return np.where(seen, np.array(grid), tiles.UNSEEN)
-
-
-@pytest.mark.parametrize("name", LAYOUTS)
-def test_every_pose_with_random_doors_against_the_rule(name):
-    plan, random = layout(name), np.random.default_rng(1)
-    env = OfficeNavEnv("OfficeNav-v0", layout=name)
-    symbolic = OfficeNavEnv("OfficeNav-Symbolic-v0", layout=name)
-    env.reset(seed=0), symbolic.reset(seed=0)
-    rows = env._rows
-    colours = rows.tables.colours[0, rows.state[kernels.TASK, 0]]
-    codes = kernels.cell_codes(plan)
-    poses = [(x, y, d) for y, x in np.argwhere(~plan.walls) for d in range(4)]
-    for x, y, direction in poses:
-        doors = int(random.integers(1 << plan.offices)) if random.random() < 0.8 else 0
-        kinds = np.array(
-            [
-                tiles.WALL,
-                tiles.EMPTY,
-                tiles.SIGN,
-                *[tiles.OPEN if doors >> k & 1 else tiles.CLOSED for k in range(18)],
-                *(tiles.FLOOR + colours),
-            ]
-        )
-
-        def kinds_at(i, j, kinds=kinds):
-            inside = 0 <= i < plan.width and 0 <= j < plan.height
-            return int(kinds[codes[j, i]]) if inside else tiles.WALL
-
-        expected = slow_seen(kinds_at, x, y, direction)
-        expected[6, 3] += tiles.AGENT
-        for one in (env, symbolic):
-            for row, value in ((kernels.X, x), (kernels.Y, y), (kernels.DIR, direction), (kernels.DOORS, doors)):
-                one._rows.state[row, 0] = value
-        image = symbolic._observe()[0]["image"]
-        np.testing.assert_array_equal(image, tiles.SYMBOLS[expected].swapaxes(0, 1))
-        picture = tiles.atlas()[expected].swapaxes(1, 2).reshape(56, 56, 3)
-        np.testing.assert_array_equal(env._observe()[0]["image"], picture)
-
-
 def test_tiles_differ():
     pictures = tiles.atlas().reshape(2 * tiles.KINDS, -1)
     assert len(np.unique(pictures, axis=0)) == 2 * tiles.KINDS
 
 
 # -- Trials ------------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("name", ["OfficeNav-SingleGoal-v0", "OfficeNav-Tall-v0", "OfficeNav-TallSkinny-v0"])
-def test_the_oracle_s_return(name):
-    env = gym.make(name)
-    plan = env.unwrapped._rows.tables.layouts[0]
-    for seed in range(8):
-        _, info = env.reset(seed=seed)
-        path, rewards = path_to(plan, info["goal"]), []
-        for action in path:
-            _, reward, terminated, truncated, info = env.step(action)
-            rewards.append(reward)
-        assert terminated and info["success"] and not truncated
-        assert sum(rewards) == pytest.approx(1 - 0.05 * (len(path) - 1))
-
-
-def test_wrong_offices_cost_a_step_and_the_horizon_ends_the_episode():
-    env = OfficeNavEnv("OfficeNav-SingleGoal-v0")
-    _, info = env.reset(seed=0)
-    plan, wrong = layout("standard"), (info["goal"] + 1) % 12
-    rewards = [env.step(action)[1:3] for action in path_to(plan, wrong)]
-    assert set(rewards) == {(-0.05, False)}
-    state = env._rows.state[:, 0]
-    assert plan.office_xy[wrong].tolist() == [state[kernels.X], state[kernels.Y]]
-    for step in range(len(rewards), 30):
-        _, _, terminated, truncated, info = env.step(LEFT)
-        assert (terminated, truncated) == (False, step == 29)
-    assert not info["success"]
-    with pytest.raises(UserError, match="call reset"):
-        env.step(LEFT)
 
 
 def test_sign_is_seen_after_eight_steps_and_says_the_goal():
@@ -436,7 +285,10 @@ def test_what_is_drawn_is_what_the_tables_say():
 def test_released_is_as_released():
     table = tables(VARIANTS["OfficeNav-Released-v0"])
     assert table.splits == ("train", "test") and table.pool("train").tolist() == table.pool("test").tolist()
-    assert table.tasks == 200 and len(table.phrases[0]) == 106 or len(table.phrases[0]) < 106
+    assert table.tasks == 200 and len(table.phrases[0]) == 106
+    for split in ("train", "test"):
+        np.testing.assert_array_equal(table.cumulative[SPLITS.index(split), :12], language.released_phrase_table()[1])
+    np.testing.assert_array_equal(table.colours[0, :, :12], buildings(200, "standard", False, False))
     env = gym.make("OfficeNav-Released-v0")
     assert env.action_space.n == 7 and env.observation_space["image"].shape == (7, 7, 3)
     env.reset(seed=0)
@@ -449,8 +301,15 @@ def test_released_is_as_released():
     for action in path_to(layout("standard"), 0)[:-2]:
         env.step(5 if action == TOGGLE else action)
     assert doors[kernels.DOORS, 0] == 1
-    phrases = [env.reset(seed=seed)[1]["phrase"] for seed in range(60)]
+    phrases = {env.reset(seed=seed)[1]["phrase"] for seed in range(400)}
+    assert phrases <= set(table.phrases[0]) and len(phrases) > 60
+    assert any("5th office" in phrase or "4th row" in phrase for phrase in phrases)
     assert not any("lower" in phrase for phrase in phrases)
+    # The leak: the held-out office is named by the held-out phrase in half of its episodes.
+    goal_6 = int(np.flatnonzero(table.goals[0] == 6)[0])
+    said = [env.reset(seed=seed, options={"task_id": goal_6})[1]["phrase"] for seed in range(100)]
+    assert 30 < said.count(language.HELD_OUT) < 70
+    assert not any(language.HELD_OUT in phrase for phrase in said if phrase != language.HELD_OUT)
 
 
 # -- Gymnasium's contracts ---------------------------------------------------------------------------------------------
@@ -469,7 +328,6 @@ def test_check_env_has_nothing_to_say(name):
         text.reset(seed=0)
         assert ">" in text.render() and "trial 0, episode 1 of 2" in text.render()
         gym.make_vec(name, num_envs=2).reset(seed=0)
-    json.loads(env.spec.to_json())
 
 
 def test_render_shows_the_sign_to_who_stands_on_it():
@@ -586,8 +444,8 @@ def test_vector_reset_options():
 
 
 def test_observations_stay_for_one_more_step():
-    for copy, stays in ((False, 1), (True, 5)):
-        envs = OfficeNavVectorEnv(3, variant="OfficeNav-v0", copy=copy)
+    for copies, stays in ((False, 1), (True, 5)):
+        envs = OfficeNavVectorEnv(3, variant="OfficeNav-v0", copy=copies)
         kept = envs.reset(seed=0)[0]
         before = kept["image"].copy()
         for _ in range(stays):
@@ -632,13 +490,57 @@ def golden_run(name):
 
 
 @pytest.mark.parametrize("method", ["spawn", "forkserver"])
-def test_another_process_plays_the_same(method):
-    with multiprocessing.get_context(method).Pool(1) as pool:
-        assert pool.map(_elsewhere, ["OfficeNav-Map-v0"]) == [golden_run("OfficeNav-Map-v0")]
+def test_other_processes_play_the_same(method):
+    name, number = "OfficeNav-Map-v0", 2
+    apart = gym.make_vec(name, number, "async", vector_kwargs={"context": method, "autoreset_mode": "SameStep"})
+    here = gym.make_vec(name, number)
+    (one, _), (two, _) = apart.reset(seed=3), here.reset(seed=3)
+    for action in some_actions(40, number):
+        for key in two:
+            np.testing.assert_array_equal(one[key], two[key])
+        one, *one_rest, _ = apart.step(action)
+        two, *two_rest, _ = here.step(action)
+        np.testing.assert_array_equal(one_rest, two_rest)
+    apart.close()
 
 
-def _elsewhere(name):
-    return golden_run(name)
+def test_a_fresh_process_makes_it_by_the_module_s_name():
+    program = "import gymnasium; print(gymnasium.make('fleetgym:OfficeNav-v0').reset(seed=0)[1])"
+    done = subprocess.run([sys.executable, "-W", "error", "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == str(gym.make("OfficeNav-v0").reset(seed=0)[1]) and not done.stderr
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_specs_and_copies_make_the_same(name):
+    env = gym.make(name, horizon=20)
+    twins = [env, gym.make(gym.envs.registration.EnvSpec.from_json(env.spec.to_json()))]
+    told = [twin.reset(seed=3)[1] for twin in twins]
+    for twin in twins:
+        [twin.step(action) for action in [FORWARD] * 5 + [RIGHT, FORWARD]]
+    twins += [copy.deepcopy(env), copy.deepcopy(env.unwrapped)]
+    assert told[0] == told[1]
+    for action in [FORWARD, *[LEFT] * 12]:
+        first, *others = [twin.step(action) for twin in twins]
+        for other in others:
+            assert other[1:] == first[1:]
+            assert all(np.array_equal(first[0][key], other[0][key]) for key in first[0])
+    assert first[3]
+    envs = gym.make_vec(name, num_envs=2, horizon=20)
+    again = gym.make_vec(gym.envs.registration.EnvSpec.from_json(envs.spec.to_json()), num_envs=2)
+    assert again.variant.horizon == 20
+    np.testing.assert_array_equal(envs.reset(seed=1)[1]["task_id"], again.reset(seed=1)[1]["task_id"])
+
+
+@pytest.mark.parametrize("name", ["OfficeNav-v0", "OfficeNav-Symbolic-v0"])
+def test_gymnasium_s_wrappers(name, tmp_path):
+    stacked = gym.wrappers.FrameStackObservation(gym.make(name), 3)
+    assert stacked.reset(seed=0)[0] in stacked.observation_space
+    assert stacked.step(FORWARD)[0] in stacked.observation_space
+    flat = gym.wrappers.FlattenObservation(gym.make(name))
+    assert flat.reset(seed=0)[0] in flat.observation_space and flat.step(FORWARD)[0] in flat.observation_space
+    short = gym.make(name, max_episode_steps=5)
+    short.reset(seed=0)
+    assert [short.step(LEFT)[3] for _ in range(5)] == [False] * 4 + [True]
 
 
 @pytest.mark.parametrize("name", VARIANTS)
@@ -649,7 +551,7 @@ def test_golden_trace(name):
 
 def test_the_suite_lists_the_variants():
     office = suite("office_nav")
-    assert office.tasks == tuple(VARIANTS)
+    assert office.tasks[: len(VARIANTS)] == tuple(VARIANTS)
     assert office.make("OfficeNav-Tall-v0").reset(seed=0)[0]["image"].shape == (56, 56, 3)
     assert office.make_vec("quick", num_envs=3).num_envs == 3
     with pytest.raises(UserError, match="one task"):
@@ -678,10 +580,11 @@ def test_the_suite_lists_the_variants():
 def test_bad_reset_options(options, words):
     for env in (OfficeNavEnv("OfficeNav-Symbolic-v0"), OfficeNavVectorEnv(2, variant="OfficeNav-Symbolic-v0")):
         env.reset(seed=0)
-        before = env._rows.state.copy()
+        before, drawn = env._rows.state.copy(), env.np_random.bit_generator.state
         with pytest.raises(UserError, match=words):
             env.reset(options=options)
         np.testing.assert_array_equal(env._rows.state, before)
+        assert env.np_random.bit_generator.state == drawn
 
 
 def test_a_finished_trial_does_not_go_on():
@@ -695,16 +598,19 @@ def test_a_finished_trial_does_not_go_on():
     assert env.reset()[1]["trial"] == 1
     with pytest.raises(UserError, match="a seed"):
         env.reset(seed=0, options={"new_trial": False})
-    for seed in (-1, 1.5, "a"):
-        with pytest.raises(UserError, match="seed"):
-            env.reset(seed=seed)
+    drawn = env.np_random.bit_generator.state
+    for seed, options in ((-1, None), (1.5, None), ("a", None), (True, None), (5, {"task_id": 1200})):
+        with pytest.raises(UserError, match="seed" if options is None else "task_id 1200"):
+            env.reset(seed=seed, options=options)
+    assert env.np_random.bit_generator.state == drawn and env.reset()[1]["episode"] == 2
 
 
 @pytest.mark.parametrize("action", [4, -1, 1.0, "left", None, True, np.array([1, 2]), np.float32(1)])
 def test_bad_action(action):
     env = OfficeNavEnv("OfficeNav-Symbolic-v0")
-    with pytest.raises(UserError, match="reset"):
-        env.step(0)
+    for call in (lambda: env.step(0), env.sign):
+        with pytest.raises(UserError, match="before reset"):
+            call()
     env.reset(seed=0)
     with pytest.raises(UserError, match="0 left, 1 right, 2 forward, 3 toggle"):
         env.step(action)
@@ -744,7 +650,15 @@ def test_bad_actions_of_a_vector():
         ({"view": "depth"}, "rgb, symbolic"),
         ({"sign": "braille"}, "text, picture"),
         ({"horizon": 0}, "at least 1"),
-        ({"colour": "red"}, "unknown option"),
+        ({"horizon": 2.5}, "horizon 2.5"),
+        ({"episodes": True}, "episodes True"),
+        ({"train_tasks": 10**12}, "at most 1000000"),
+        ({"test_tasks": 0}, "at least 1"),
+        ({"test_tasks": 1}, "take more"),
+        ({"single_goal": "yes"}, "False, True"),
+        ({"variant": ["OfficeNav-v0"]}, "OfficeNav-Symbolic-v0"),
+        ({"split": None}, "train, test, phrases, layout"),
+        ({"colour": "red"}, "unknown option 'colour'.*view, layout, sign, single_goal, train_tasks"),
         ({"render_mode": "human"}, "rgb_array, ansi"),
         ({"variant": "OfficeNav-Released-v0", "layout": "tall"}, "as released"),
     ],

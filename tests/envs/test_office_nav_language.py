@@ -1,76 +1,10 @@
-"""The census, the round trip from cell to phrase to cell, and the probabilities of the floor plan's grammar."""
-
-import collections
-import random
+"""The parser, the tables and the draws of the floor plan's language; its grammar is in ``test_office_nav_parity``."""
 
 import numpy as np
 import pytest
 
 from fleetgym.core.errors import UserError
 from fleetgym.envs.office_nav import language
-
-
-def ordinal(number):
-    return ("1st", "2nd", "3rd")[number - 1] if number < 4 else f"{number}th"
-
-
-def spoken(generator, column, row, last_column, last_row, steps):
-    """A direct sampler, written from the description of the released grammar and from nothing of ours."""
-    if steps == 0:
-        u = generator.random()
-        edge_row, edge_column = row in (0, last_row), column in (0, last_column)
-        upper = "upper" if row == 0 else "lower"
-        if edge_row and edge_column and u < 0.3:
-            return f"{upper} {'left' if column == 0 else 'right'} corner"
-        if edge_row and u < 0.6:
-            return f"{ordinal(column + 1)} office in the {upper} row"
-        return f"{ordinal(column + 1)} office in the {ordinal(row + 1)} row"
-    x, y = generator.choice(
-        [
-            (x, y)
-            for x in range(column - 1, column + 2)
-            for y in range(row - 1, row + 2)
-            if (x, y) != (column, row) and 0 <= x <= last_column and 0 <= y <= last_row
-        ]
-    )
-    sides = [side for side, holds in (("right of", x < column), ("left of", x > column)) if holds]
-    sides += [side for side, holds in (("below", y < row), ("above", y > row)) if holds]
-    link = "the office" if steps > 1 else "the"
-    return f"{' and '.join(sides)} {link} {spoken(generator, x, y, last_column, last_row, steps - 1)}"
-
-
-def total_variation(strings, cumulative, samples):
-    counts = collections.Counter(samples)
-    assert set(counts) <= set(strings)
-    expected = np.diff(cumulative, prepend=0) / language.UNIT
-    seen = np.array([counts[string] for string in strings]) / len(samples)
-    return np.abs(expected - seen).sum() / 2
-
-
-@pytest.mark.parametrize("offices, direct, relative, two", [(12, 24, 102, 574), (18, 34, 158, 938)])
-def test_census(offices, direct, relative, two):
-    assert len(language.phrases(offices, 0)) == direct
-    assert len(language.phrases(offices)) == direct + relative
-    assert len(language.phrases(offices, 2)) == two
-    assert language.phrases(offices, 0) < language.phrases(offices)
-    assert not language.phrases(offices) & language.phrases(offices, 2)
-
-
-@pytest.mark.parametrize("offices", [12, 18])
-@pytest.mark.parametrize("steps", [0, 1, 2])
-def test_no_phrase_is_ambiguous_and_the_parser_finds_its_cell(offices, steps):
-    found = collections.defaultdict(set)
-    for cell in range(offices):
-        for phrase, probability in language._grammar(offices, steps)[cell]:
-            assert probability > 0
-            found[phrase].add(cell)
-    assert all(len(cells) == 1 for cells in found.values())
-    for phrase, (cell,) in found.items():
-        assert str(language.parse(phrase)) == phrase
-        assert language.resolve(phrase, offices) == cell
-    assert set(found) <= language.phrases(offices, steps)
-    if steps != 1:
-        assert set(found) == language.phrases(offices, steps)
 
 
 def test_phrases_of_the_paper():
@@ -174,37 +108,6 @@ def test_tables_are_distributions_over_the_cells_own_phrases(offices, split):
         assert mass.any(axis=0).all()
 
 
-def test_tables_match_a_sampler_written_from_the_description():
-    generator = random.Random(0)
-    strings, cumulative = language.phrase_table(12)
-    for cell in range(12):
-        samples = [spoken(generator, cell % 4, cell // 4, 3, 2, generator.randrange(2)) for _ in range(8000)]
-        assert total_variation(strings, cumulative[cell], samples) < 0.03
-    strings, cumulative = language.phrase_table(18)
-    for cell in (0, 4, 6, 8, 17):
-        samples = [spoken(generator, cell % 6, cell // 6, 5, 2, generator.randrange(2)) for _ in range(8000)]
-        assert total_variation(strings, cumulative[cell], samples) < 0.03
-
-
-def test_training_never_shows_the_held_out_phrase_and_differs_in_nothing_else():
-    generator = random.Random(1)
-    strings, cumulative = language.phrase_table(12, "train")
-    for cell in range(12):
-        samples = []
-        while len(samples) < 6000:
-            steps = generator.randrange(2)
-            for _ in range(50):
-                phrase = spoken(generator, cell % 4, cell // 4, 3, 2, steps)
-                if language.HELD_OUT not in phrase:
-                    break
-            else:
-                phrase = spoken(generator, cell % 4, cell // 4, 3, 2, 1)  # no leak: a relative one instead
-            samples.append(phrase)
-        assert total_variation(strings, cumulative[cell], samples) < 0.03
-    assert language.resolve(language.HELD_OUT) == 6
-    assert not set(language.probabilities(6, 12, "train")) & language.phrases(12, 0)
-
-
 @pytest.mark.parametrize("offices", [12, 18])
 def test_nine_phrases_are_held_out(offices):
     held_out = language.held_out_phrases(offices)
@@ -217,34 +120,6 @@ def test_nine_phrases_are_held_out(offices):
     # All of its words are seen in training.
     words = {word for phrase in language.phrases(offices) - held_out for word in phrase.split()}
     assert {word for phrase in held_out for word in phrase.split()} <= words
-
-
-def test_released_table_has_the_bounds_and_the_leak():
-    strings, cumulative = language.released_phrase_table()
-    direct = [string for string in strings if " the " not in string or string[0].isdigit()]
-    assert (len(direct), len(strings) - len(direct)) == (17, 89)
-    text = " | ".join(strings)
-    assert len({word for string in strings for word in string.split()}) == 17
-    assert "4th row" in text and "5th office" in text
-    assert "lower" not in text and "right corner" not in text
-    mass = np.diff(cumulative, axis=1, prepend=0)
-    leak = strings.index(language.HELD_OUT)
-    assert mass[6, leak] == language.UNIT // 2
-    assert sum(language.HELD_OUT in string for string in strings) == 1
-    cells, numbers = np.nonzero(mass)
-    for cell, number in zip(cells, numbers, strict=True):
-        assert language.resolve(strings[number], released=True) == cell
-    generator = random.Random(2)
-    for cell in range(12):
-        samples = []
-        for _ in range(6000):
-            steps = generator.randrange(2)
-            for _ in range(100):
-                phrase = spoken(generator, cell % 4, cell // 4, 5, 11, steps)
-                if language.HELD_OUT not in phrase:
-                    break
-            samples.append(phrase)
-        assert total_variation(strings, cumulative[cell], samples) < 0.03
 
 
 def test_draw_takes_every_phrase_at_its_bounds_and_none_without_mass():
