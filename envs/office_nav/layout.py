@@ -63,8 +63,10 @@ class Layout:
 
     @functools.cached_property
     def distances(self) -> np.ndarray:
-        """Actions from the start into each office by a shortest path, its door opened on the way, int64 [n]."""
-        return np.array([self._search(tuple(office), k) for k, office in enumerate(self.office_xy)])
+        """Actions from the start into each office by a shortest path, its door opened on the way; int64 [n]."""
+        found = np.array([self._search(tuple(office), k) for k, office in enumerate(self.office_xy)])
+        found.flags.writeable = False
+        return found
 
     @functools.cached_property
     def sign_distance(self) -> int:

@@ -169,7 +169,14 @@ class _Plan:
     Only sums, products and comparisons, no library functions, so that every machine draws the same.
     """
 
-    def __init__(self, plan: Layout, *, margin=(2, 2, 2, 2), skew=0.0, wobble=0.0):
+    def __init__(
+        self,
+        plan: Layout,
+        *,
+        margin: tuple[int, int, int, int] = (2, 2, 2, 2),
+        skew: float = 0.0,
+        wobble: float = 0.0,
+    ):
         self.plan = plan
         left, top, right, bottom = margin
         self.scale_x = (SIZE - left - right) / plan.width
@@ -246,9 +253,9 @@ class _Plan:
         dx, dy = (self.x - x - 0.15) * self.scale_x, np.abs(self.y - y - 0.5) * self.scale_y
         return (dx >= 0) & (dx + 2 * dy <= max(0.8 * self.scale_x, 4.5))
 
-    def building(self, inset: float = 0.0, radius: float = 0.0) -> np.ndarray:
-        """All of the plan."""
-        return self.rectangle(inset, inset, self.plan.width - inset, self.plan.height - inset, radius)
+    def building(self, inset: float = 0.0) -> np.ndarray:
+        """All of the plan but for a rim of ``inset`` cells."""
+        return self.rectangle(inset, inset, self.plan.width - inset, self.plan.height - inset)
 
 
 def _grow(mask: np.ndarray, pixels: int = 1, corners: bool = True) -> np.ndarray:
