@@ -55,7 +55,7 @@ PACKAGES = {
 # A world's own folder may import its simulator at the top: whoever imports it wants that world.
 WORLDS = {
     "envs/meta_world/": {"mujoco", "metaworld", "scipy", "numba"},
-    "envs/office_nav/torch_env.py": {"torch"},
+    "envs/office_nav/torch_": {"torch"},
     "envs/office_nav/": {"numba"},
     "envs/rendering.py": {"mujoco"},
 }

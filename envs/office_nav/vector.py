@@ -168,6 +168,22 @@ def resolve_reset(
     return Resets(mask, fresh, split, task, seeds)
 
 
+def refuse(variant: Variant, code: int, actions: np.ndarray) -> None:
+    """Says what ``kernels.step`` found wrong.
+
+    Raises:
+        UserError: Always.
+    """
+    if code > kernels.BAD_DONE:
+        row = kernels.BAD_ACTION - code
+        allowed = ", ".join(f"{index} {name}" for index, name in enumerate(variant.actions))
+        raise UserError(f"action {int(actions[row])} of environment {row} does not exist; the actions are {allowed}")
+    raise UserError(
+        f"environment {kernels.BAD_DONE - code}: its episode has ended; "
+        f"call reset(options={{'reset_mask': terminated | truncated}}) first"
+    )
+
+
 def _each(key: str, value: Any, types: Any, number: int) -> Sequence[Any]:
     if value is None or isinstance(value, types):
         return [value] * number
@@ -450,7 +466,7 @@ class OfficeNavVectorEnv(VectorEnv):
         )
         if ended < 0:
             self._turn ^= 1
-            self._refuse(ended, actions)
+            refuse(self.variant, ended, actions)
         observation, infos = self._seen(on_sign)
         if len(which):
             final, done = np.full(number, None, object), terminated | truncated
@@ -462,16 +478,6 @@ class OfficeNavVectorEnv(VectorEnv):
             infos["final_obs"], infos["_final_obs"] = final, done
             infos["final_info"], infos["_final_info"] = self._infos(last_info, done), done
         return observation, rewards, terminated, truncated, infos
-
-    def _refuse(self, code: int, actions: np.ndarray) -> None:
-        if code > kernels.BAD_DONE:
-            row = kernels.BAD_ACTION - code
-            allowed = ", ".join(f"{index} {name}" for index, name in enumerate(self.variant.actions))
-            raise UserError(f"action {actions[row]} of environment {row} does not exist; the actions are {allowed}")
-        raise UserError(
-            f"environment {kernels.BAD_DONE - code}: its episode has ended; "
-            f"call reset(options={{'reset_mask': terminated | truncated}}) first"
-        )
 
     def render(self) -> tuple[Any, ...]:
         """One frame (uint8 [height, width, 3]) or text for each environment.
