@@ -1,4 +1,7 @@
-"""Pages about environments, made of their docstrings: ``python -m fleetgym.envs.docs docs/envs``."""
+"""Pages about environments, made of their docstrings: ``python -m fleetgym.envs.docs docs/envs``.
+
+Films stand beside the pages and are made by the command in their caption.
+"""
 
 from __future__ import annotations
 
@@ -18,25 +21,73 @@ PAGES = {
 #: Suite -> more classes whose docstrings follow as sections.
 MORE = {"office_nav": ("fleetgym.envs.office_nav.env3d:OfficeNav3DEnv",)}
 #: Suite -> a function that returns further lines, what can be computed.
-FURTHER = {"office_nav": "fleetgym.envs.office_nav.reference:scores_page"}
+FURTHER = {"office_nav": "fleetgym.envs.office_nav.page:lines"}
+#: Suite -> films at the top of its page: the id, and the options of the command that made it.
+FILMS = {
+    "office_nav": (
+        ("OfficeNav-v0", "--seed 3 --fps 5"),
+        ("OfficeNav-Map-v0", "--seed 5 --fps 5"),
+    )
+}
+#: The section of a docstring before which all else is put.
+_LAST = "## Version history"
+
+
+def film(env_id: str) -> str:
+    """The name of an environment's film."""
+    return f"{env_id}.gif"
 
 
 def page(name: str) -> str:
-    """The Markdown page of a suite: the docstring of its environment, then its tasks and splits.
+    """The Markdown page of a suite: films, the docstring of its environment, what is computed, tasks and splits.
 
     Args:
         name: A suite's name.
     """
     attribute = PAGES[name].partition(":")[2]
     lines = [f"<!-- Made by `python -m fleetgym.envs.docs`; edit the docstring of `{attribute}` instead. -->", ""]
-    lines += [f"# {name}", "", *_docstring(PAGES[name])]
-    for path in MORE.get(name, ()):
-        title, *rest = _docstring(path)
-        lines += [f"## {path.partition(':')[2]}", "", title, *(text.replace("## ", "### ") for text in rest)]
-    lines += _tasks(suite(name))
+    lines += [f"# {name}", ""]
+    title, _, body = _docstring(PAGES[name]).partition("\n")
+    body, last, history = body.strip().partition(_LAST)
+    lines += [title, ""]
+    if name in FILMS:
+        lines += [*_films(name), "", *_spaces(suite(name).entries[0].env_id), ""]
+    lines += [body.strip(), ""]
     if name in FURTHER:
-        lines += ["", *_load(FURTHER[name])()]
-    return "\n".join(lines) + "\n"
+        lines += [*_load(FURTHER[name])(), ""]
+    if last:
+        lines += [last + history, ""]
+    for path in MORE.get(name, ()):
+        title, _, body = _docstring(path).partition("\n")
+        lines += [f"## {path.partition(':')[2]}", "", title, "", body.strip().replace("## ", "### "), ""]
+    return "\n".join([*lines, *_tasks(suite(name))]) + "\n"
+
+
+def _films(name: str) -> list[str]:
+    films = [(env_id, f"fleetgym demo {env_id} {options} --out {film(env_id)}") for env_id, options in FILMS[name]]
+    lines = [f"![{env_id}]({film(env_id)})\n" for env_id, _ in films]
+    lines[-1] = lines[-1].rstrip()
+    return [*lines, "", "One trial each, played by the oracle reader:", "", "```", *(line for _, line in films), "```"]
+
+
+def _spaces(env_id: str) -> list[str]:
+    import gymnasium as gym
+
+    from fleetgym.envs import register_envs
+
+    register_envs()
+    env = gym.make(env_id)
+    try:
+        spaces = env.observation_space, env.action_space
+    finally:
+        env.close()
+    return [
+        "| | |",
+        "|---|---|",
+        f"| Action space | `{spaces[1]}` |",
+        f"| Observation space | `{spaces[0]}` |",
+        f'| Creation | `gymnasium.make("{env_id}")`, after `import fleetgym` |',
+    ]
 
 
 def _load(path: str) -> Any:
@@ -46,9 +97,8 @@ def _load(path: str) -> Any:
     return getattr(import_module(module), attribute)
 
 
-def _docstring(path: str) -> list[str]:
-    title, _, body = inspect.getdoc(_load(path)).partition("\n")
-    return [title, "", body.strip(), ""]
+def _docstring(path: str) -> str:
+    return inspect.getdoc(_load(path)) or ""
 
 
 def _tasks(entries: EnvSuite) -> list[str]:

@@ -18,24 +18,108 @@ from fleetgym.envs.office_nav.vector import Rows, observation_space
 class OfficeNavEnv(gym.Env):
     """An office building in which the blue office is to be found; a floor plan on the wall says where it is.
 
-    **Observation**, a dict: ``image``, the 7 x 7 cells in front of the agent, which walls and closed doors hide; as
-    pixels (uint8 [56, 56, 3]) or, in symbolic variants, as MiniGrid's numbers for object, colour and state (uint8
-    [7, 7, 3], x first). ``sign``: uint8 [84, 84, 3], the floor plan for who stands on its cell, else zeros.
-    ``on_sign``: whether the agent stands there.
+    ## Description
 
-    **Actions**: 0 turn left, 1 turn right, 2 forward, 3 open or close the door ahead. (The released variant has
-    MiniGrid's seven: 3, 4 and 6 do nothing, 5 is the door.)
+    An agent stands in a corridor. Behind closed doors lie offices with coloured floors, and which of them are blue
+    differs from building to building. In an alcove hangs a sign that tells where the nearest blue office is: in words
+    ("right of and below the upper left corner"), or as a drawn floor plan. The words and the drawing are pixels, and
+    they are seen only from the sign's own cell. Nothing rewards reading: it pays in the second episode of a trial,
+    which plays in the same building.
 
-    **Rewards**: -0.05 for every step; the step into a blue office gives 1 instead and terminates the episode. After
-    ``horizon`` steps (30) it is truncated.
+    The geometry, colours, rewards, grammar and trials are those of Liu et al., "Simple Embodied Language Learning as a
+    Byproduct of Meta-Reinforcement Learning", ICML 2023, and of its released environment, whose mistakes only
+    `OfficeNav-Released-v0` keeps. Splits, letters and picture plans are ours: the pictures of the paper are not public.
 
-    **Trials**: a trial is ``episodes`` (2) episodes in one building. ``reset()`` goes on to the trial's next episode,
-    with all doors closed and a sign drawn anew for the same goal; after its last episode ``reset()`` begins the next
-    trial in another building. ``info`` has ``trial``, ``episode`` (from 1), ``task_id`` (the building), ``phrase``
-    (what the sign says, or the style of a picture), ``phrase_id``, ``goal`` (the office that the sign names, the
-    nearest blue one: row * columns + column) and ``success``. All but ``episode`` would help an agent to cheat.
+    ## Action
 
-    Source: Liu et al., "Simple Embodied Language Learning as a Byproduct of Meta-Reinforcement Learning", ICML 2023.
+    `Discrete(4)`; the released variant has `Discrete(7)`, MiniGrid's.
+
+    | num | name | action | num as released |
+    |---|---|---|---|
+    | 0 | left | turn left | 0 |
+    | 1 | right | turn right | 1 |
+    | 2 | forward | go one cell forward; walls and closed doors stop the agent | 2 |
+    | 3 | toggle | open or close the door ahead | 5 |
+    | - | pickup, drop, done | nothing | 3, 4, 6 |
+
+    ## Observation encoding
+
+    `Dict`. The agent sees the 7 x 7 cells in front of it and stands in the middle of the lowest row, looking up. Walls
+    and closed doors hide what lies behind them, so an office is seen only when its door is open.
+
+    | key | space | meaning |
+    |---|---|---|
+    | `image` | `Box(0, 255, (56, 56, 3), uint8)` | these cells in RGB, 8 pixels each, indexed [y, x] |
+    | | symbolic: `Box(0, 255, (7, 7, 3), uint8)` | MiniGrid's object, colour and state, indexed [x, y] |
+    | `sign` | `Box(0, 255, (84, 84, 3), uint8)` | the sign for who stands on its cell, else zeros |
+    | `on_sign` | `Discrete(2)` | 1 on the sign's cell |
+
+    | cell | object | colour | state |
+    |---|---|---|---|
+    | not seen | 0 | 0 | 0 |
+    | corridor; also the cell of the agent | 1 | 0 | 0 |
+    | wall | 2 | 5 | 0 |
+    | office | 3 | red 0, green 1, blue 2, purple 3, yellow 4, grey 5 | 0 |
+    | door | 4 | 0 | 0 open, 1 closed |
+    | sign | 6 | 2 | 0 |
+
+    ## Rewards
+
+    -0.05 for every step; the step into a blue office gives 1 instead. So an episode that enters it with its n-th action
+    returns 1 - 0.05 (n - 1), and one that never does returns -1.5.
+
+    ## Termination and truncation
+
+    `terminated` in a blue office; other offices do nothing. `truncated` at step `horizon` (30). A further step raises
+    `UserError`.
+
+    ## Trials
+
+    A trial is `episodes` (2) episodes in one building. `reset()` goes on to the trial's next episode, with all doors
+    closed and a sign drawn anew for the same goal; after its last episode `reset()` begins the next trial in another
+    building. `reset(seed=...)` begins trial 0 of that seed. `reset(options={...})` takes
+
+    - `split`: begins a trial of that split, and later ones come from it as well, until a seed or another split is
+      given;
+    - `task_id`: begins a trial in that building; its split is `train` or `test` by the id unless `split` says
+      otherwise;
+    - `new_trial`: True begins a trial, False insists on going on with the present one.
+
+    `info` has `trial`, `episode` (from 1), `task_id` (the building), `phrase` (what the sign says, or the style of a
+    picture), `phrase_id`, `goal` (the office that the sign names, the nearest blue one: row * columns + column) and
+    `success`. All but `episode` would help an agent to cheat.
+
+    ## Splits
+
+    No building is both in `train` and in another split, and no sign of `phrases` or `style` hangs in another one.
+
+    | split | buildings | what else is new |
+    |---|---|---|
+    | `train` | 0 to 999 | - |
+    | `test` | 1000 to 1199 | nothing |
+    | `phrases` | those of `test` that they fit | text only: just phrases with "3rd office in the 2nd row" |
+    | `layout` | 1000 to 1199 | the floor plan: `tall_skinny`, or `standard` where that is the variant's own |
+    | `style` | 1000 to 1199 | pictures only: 3 styles of drawing; the other splits have 12 others |
+
+    ## Arguments
+
+    - `render_mode`: None, `"rgb_array"` (the building from above, and the sign while the agent reads it) or `"ansi"`.
+    - `split`: where trials come from, unless `reset` is told otherwise.
+    - `view` (`"rgb"`, `"symbolic"`), `layout` (`"standard"`, `"tall"`, `"tall_skinny"`), `sign` (`"text"`,
+      `"picture"`), `single_goal`: what the registered configurations differ in.
+    - `horizon`, `episodes`: of an episode, in steps; of a trial, in episodes.
+    - `train_tasks`, `test_tasks`: how many buildings there are.
+
+    ## Vector and torch environments
+
+    `gym.make_vec("OfficeNav-v0", num_envs=1024)` makes the native vector environment: one kernel steps all of them, in
+    any of Gymnasium's three autoreset modes (`autoreset_mode="same_step"`). `infos` have the entries of `info` but
+    `phrase`, as arrays. `fleetgym.envs.office_nav.TorchOfficeNav(num_envs, device="cuda")` keeps everything in tensors
+    on one device. Environment `i` of seed `s` plays, bit for bit, what a single environment of seed `s + i` does.
+
+    ## Version history
+
+    - v0: first version.
     """
 
     metadata = {"render_modes": ["rgb_array", "ansi"], "render_fps": 10}

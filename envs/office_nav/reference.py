@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 
 from fleetgym.core.errors import UserError
-from fleetgym.envs.office_nav.layout import COLOURS, DIRECTIONS, HORIZON, LAYOUTS, Layout
+from fleetgym.envs.office_nav.layout import COLOURS, DIRECTIONS, HORIZON, Layout
 from fleetgym.envs.office_nav.layout import layout as named
 
 LEFT, RIGHT, FORWARD, TOGGLE = range(4)
@@ -208,9 +208,7 @@ def _exploration(name: str, single_goal: bool) -> Search:
     for count in range(hallways):
         for left_out in itertools.combinations(range(hallways), count):
             plan = search(place, [k for k in range(place.offices) if k % place.columns // 2 in left_out])
-            score = _score(
-                (non_reader_steps(place, goals, plan), weight) for goals, weight in goal_sets(place, single_goal)
-            ).mean_return
+            score = _score_of(non_reader_order(place, plan), place, single_goal).mean_return
             if best is None or score > best[0] + 1e-9:
                 best = score, plan
     assert best is not None
@@ -248,54 +246,62 @@ class Score:
     length: float
 
 
-def goal_sets(layout: Layout, single_goal: bool) -> list[tuple[tuple[int, ...], float]]:
-    """All sets of goal offices and their probabilities.
+def goal_numbers(layout: Layout, single_goal: bool) -> list[float]:
+    """The chances that a building has 0, 1, 2, ... goal offices; any of that many are alike.
 
     Every colour stands once, the other offices have any of the colours, and all are shuffled; so there is one goal
     and a binomial number of others.
 
     Args:
         layout: The geometry.
-        single_goal: Exactly one office is the goal, each alike.
+        single_goal: Whether exactly one office is the goal.
     """
     n, colours = layout.offices, len(COLOURS)
     if single_goal:
-        return [((k,), 1 / n) for k in range(n)]
+        return [0.0, 1.0]
     others = n - colours
-    sets = []
-    for more in range(others + 1):
-        chance = math.comb(others, more) * (colours - 1) ** (others - more) / colours**others
-        for goals in itertools.combinations(range(n), more + 1):
-            sets.append((goals, chance / math.comb(n, more + 1)))
-    return sets
+    more = (math.comb(others, k) * (colours - 1) ** (others - k) / colours**others for k in range(others + 1))
+    return [0.0, *more]
 
 
-def oracle_steps(layout: Layout, goals: Sequence[int]) -> int:
-    """Actions of the shortest path to the nearest of the goals."""
-    return min(len(path_to_office(layout, k)) for k in goals)
+def first_goal(layout: Layout, single_goal: bool) -> list[float]:
+    """The chances that in a list of all offices the first, the second, ... is the first goal; they add up to 1."""
+    n = layout.offices
+    numbers = goal_numbers(layout, single_goal)
+    return [
+        math.fsum(
+            chance * math.comb(n - 1 - k, goals - 1) / math.comb(n, goals)
+            for goals, chance in enumerate(numbers)
+            if goals
+        )
+        for k in range(n)
+    ]
 
 
-def non_reader_steps(layout: Layout, goals: Sequence[int], first: Search | None) -> int | None:
-    """Actions that the non-reader needs in the second episode; None if it does not get there.
+def oracle_order(layout: Layout) -> list[tuple[int, int | None]]:
+    """Offices with the actions of the shortest paths to them; the oracle goes to the first that is a goal."""
+    return sorted(enumerate(layout.distances.tolist()), key=lambda row: row[1])
+
+
+def non_reader_order(layout: Layout, first: Search | None) -> list[tuple[int, int | None]]:
+    """Offices with the actions that the non-reader needs in the second episode if that is the first goal of the list.
 
     Args:
         layout: The geometry.
-        goals: The goal offices.
         first: What it did in the first episode; None if nothing, so that it searches in the second.
+
+    Returns:
+        All offices; None for those that it does not reach in time.
     """
     seen = () if first is None else first.doors
-    known = set(seen) & set(goals)
-    if known:
-        return oracle_steps(layout, sorted(known))
     plan = search(layout, seen)
-    for door, time in zip(plan.doors, plan.times):
-        if door in goals:
-            return time + 2 if time + 2 <= HORIZON else None
-    return None
+    order = [row for row in oracle_order(layout) if row[0] in seen]
+    order += [(door, time + 2 if time + 2 <= HORIZON else None) for door, time in zip(plan.doors, plan.times)]
+    return order + [(k, None) for k in range(layout.offices) if k not in {door for door, _ in order}]
 
 
-def _score(lengths: Iterable[tuple[int | None, float]]) -> Score:
-    rows = [(steps if steps is not None and steps <= HORIZON else None, weight) for steps, weight in lengths]
+def _score(rows: Iterable[tuple[int | None, float]]) -> Score:
+    rows = [(steps if steps is not None and steps <= HORIZON else None, weight) for steps, weight in rows]
     total = math.fsum(weight for _, weight in rows)
     return Score(
         math.fsum(weight * episode_return(steps) for steps, weight in rows) / total,
@@ -304,8 +310,16 @@ def _score(lengths: Iterable[tuple[int | None, float]]) -> Score:
     )
 
 
-def _sets(layout: Layout, single_goal: bool, goals: Iterable[Sequence[int]] | None):
-    return goal_sets(layout, single_goal) if goals is None else [(tuple(g), 1.0) for g in goals]
+def _score_of(
+    order: Sequence[tuple[int, int | None]],
+    layout: Layout,
+    single_goal: bool,
+    goals: Iterable[Sequence[int]] | None = None,
+) -> Score:
+    if goals is None:
+        return _score((steps, chance) for (_, steps), chance in zip(order, first_goal(layout, single_goal)))
+    buildings = [{int(k) for k in building} for building in goals]
+    return _score((next((steps for k, steps in order if k in building), None), 1.0) for building in buildings)
 
 
 def oracle_score(layout: Layout, single_goal: bool = False, goals: Iterable[Sequence[int]] | None = None) -> Score:
@@ -316,7 +330,7 @@ def oracle_score(layout: Layout, single_goal: bool = False, goals: Iterable[Sequ
         single_goal: Whether exactly one office is the goal.
         goals: The goal offices of each building, to score given buildings instead of all.
     """
-    return _score((oracle_steps(layout, g), weight) for g, weight in _sets(layout, single_goal, goals))
+    return _score_of(oracle_order(layout), layout, single_goal, goals)
 
 
 def non_reader_score(
@@ -331,7 +345,7 @@ def non_reader_score(
         explore: Whether it uses the first episode; without, it searches in the second.
     """
     first = exploration(layout, single_goal) if explore else None
-    return _score((non_reader_steps(layout, g, first), weight) for g, weight in _sets(layout, single_goal, goals))
+    return _score_of(non_reader_order(layout, first), layout, single_goal, goals)
 
 
 @functools.lru_cache(maxsize=16)
@@ -402,10 +416,7 @@ def random_score(layout: Layout, single_goal: bool = False, actions: int = 4) ->
     """
     if actions < 4:
         raise UserError(f"actions {actions}: there are 4, or 7 as released")
-    sets = goal_sets(layout, single_goal)
-    # All offices are alike, so two of them stand for any two.
-    blue = math.fsum(weight for goals, weight in sets if 0 in goals)
-    then_blue = math.fsum(weight for goals, weight in sets if 0 not in goals and 1 in goals)
+    blue, then_blue = first_goal(layout, single_goal)[:2]
     first, second = _wandering(layout.name, actions)
     arrives = blue * first + then_blue * second
     rows: list[tuple[int | None, float]] = [(time, float(chance)) for time, chance in enumerate(arrives) if chance]

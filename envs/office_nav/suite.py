@@ -31,24 +31,28 @@ ID_3D = "OfficeNav3D-v0"
 EPISODES = 2
 
 
-def expert(task: str, episodes: int = 1) -> Policy:
+def expert(task: str, episodes: int = 1, split: str = "train") -> Policy:
     """The oracle reader of a task: walks to the sign, reads it in the pixels, walks to the office that it names.
 
     Args:
         task: An id of the suite.
         episodes: Episodes of a trial that it plays one after the other, ``episode_start`` set at each: what it read in
             the first it remembers in the others. With 1 it reads the sign in every episode.
+        split: Where the trials come from; the split ``layout`` has another floor plan.
+
+    Raises:
+        UserError: The task has no such split.
     """
     if task == ID_3D:
         from fleetgym.envs.office_nav.reference3d import OracleReader3D
 
         return OracleReader3D(episodes=episodes)
-    from fleetgym.envs.office_nav.layout import layout
     from fleetgym.envs.office_nav.reference import OracleReader
-    from fleetgym.envs.office_nav.variants import resolve_variant
+    from fleetgym.envs.office_nav.variants import resolve_variant, tables
 
-    variant = resolve_variant(task)
-    return OracleReader(layout(variant.layout), episodes, variant.released)
+    worlds = tables(resolve_variant(task))
+    plan = worlds.layouts[int(worlds.layout_of[worlds.split(split)])]
+    return OracleReader(plan, episodes, worlds.variant.released)
 
 
 def make_vec(tasks: Sequence[str], num_envs: int | None = None, **kwargs: Any) -> gym.vector.VectorEnv:

@@ -39,6 +39,25 @@ def test_workers_collect_the_same(tmp_path, capsys):
     assert not np.array_equal(one[0].observations[0], other[0].observations[0])
 
 
+def test_demonstrations_of_reading(tmp_path, capsys):
+    words = ["collect", "OfficeNav-Symbolic-v0", "--episodes", "4", "--out", str(tmp_path / "read"), "--num-envs", "2"]
+    assert main(words) == 0
+    assert "solved 4/4" in capsys.readouterr().out
+    demos = Demonstrations.load(tmp_path / "read")
+    dataset = minari.MinariDataset(tmp_path / "read" / "data")
+    env = dataset.recover_environment()
+    for demo, stored in zip(demos, dataset.iterate_episodes(), strict=True):
+        read = demo.observations["on_sign"] == 1
+        assert read.any() and (demo.observations["sign"][read] > 0).any()
+        np.testing.assert_array_equal(demo.observations["image"], stored.observations["image"])
+        observation, _ = env.reset(seed=demo.seed)
+        for step, action in enumerate(demo.actions):
+            np.testing.assert_array_equal(observation["sign"], demo.observations["sign"][step])
+            observation, _, terminated, _, _ = env.step(action)
+        assert terminated
+    env.close()
+
+
 @pytest.mark.parametrize("workers", ["1", "2"])
 def test_ctrl_c_keeps_what_is_finished(tmp_path, capsys, monkeypatch, workers):
     @contextlib.contextmanager

@@ -75,11 +75,35 @@ def test_film_of_an_expert(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
+    ("env_id", "split"),
+    [("OfficeNav-v0", "test"), ("OfficeNav-Map-v0", "layout"), ("OfficeNav-Released-v0", "train")],
+)
+def test_film_of_a_whole_trial_needs_no_opengl(tmp_path, capsys, monkeypatch, env_id, split):
+    monkeypatch.setattr(render, "choose_gl", lambda: "disable")
+    words = ["demo", env_id, "--seed", "3", "--split", split, "--out", str(tmp_path / "film.gif")]
+    assert main(words) == 0
+    first, second = (line for line in capsys.readouterr().out.splitlines() if line.startswith("  episode"))
+    steps = [int(line.split()[2]) for line in (first, second)]
+    assert second.split()[4] == "solved," and steps[1] < steps[0]  # it remembers what it read
+    with Image.open(tmp_path / "film.gif") as film:
+        black = []
+        for index in range(film.n_frames):
+            film.seek(index)
+            frame = np.asarray(film.convert("RGB"))[:, -180:]
+            black.append((frame.max(-1) == 0).mean())
+        assert film.n_frames > 20
+    assert black[0] > 0.3 > min(black)  # the sign is seen where the agent stands before it
+    assert main([*words[:2], "--seed", "3", "--split", "tset", "--out", str(tmp_path / "other.gif")]) == 2
+    assert "split 'tset'" in capsys.readouterr().err and not (tmp_path / "other.gif").exists()
+
+
+@pytest.mark.parametrize(
     "change,message",
     [
         (["--out", "film.avi"], "end the name in .gif or .mp4"),
         (["--steps", "0"], "--steps 0"),
         (["--every", "0"], "--every 0"),
+        (["--split", "test"], "--split test: Slide-v0 has no trials"),
     ],
 )
 def test_bad_input(words, capsys, change, message):

@@ -86,7 +86,7 @@ def main(argv: Sequence[str]) -> int:
     if options.policy is not None:
         policy, info = load_policy(options.policy)
     else:
-        policy = target.expert(episodes=target.episodes) if trial else target.expert()
+        policy = target.expert(episodes=target.episodes, split=options.split or "train") if trial else target.expert()
     task_set = options.task_set or info.get("task_set")
     source = target.make_fn(
         render_mode="rgb_array",
