@@ -1,7 +1,8 @@
 """``fleetgym bench speed``: us beside a peer, in one process, in turn, with the ratio.
 
 Each comparison runs A B A B ...; the ratio is the median of the pairs' ratios, so that a machine whose speed drifts
-disturbs both sides alike. Seconds are processor seconds of one thread.
+disturbs both sides alike. Seconds are processor seconds of one thread, or seconds on the clock where a side works on an
+accelerator.
 """
 
 from __future__ import annotations
@@ -35,6 +36,9 @@ class Comparison:
         peer_count: How many of the units the peer's call does, if not as many; a fast side needs more of them to be
             measured.
         about: What is compared, where a comparison has several rows.
+        device: Where our side works.
+        unit_bytes: Bytes that one of our units writes, where the peer copies memory and its units are bytes read and
+            written; the ratio is then one of bytes a second.
     """
 
     unit: str
@@ -44,6 +48,8 @@ class Comparison:
     peer_name: str
     peer_count: int | None = None
     about: str = ""
+    device: str = "cpu"
+    unit_bytes: int = 1
 
 
 def meta_world() -> Comparison:
@@ -121,15 +127,22 @@ def matching() -> Comparison:
     )
 
 
-def office_nav() -> list[Comparison]:
-    """Steps of OfficeNav beside Minigrid's: symbols and pixels in a batch, one environment, and tensors on the CPU.
+def office_nav(device: str = "cpu") -> list[Comparison]:
+    """Steps of OfficeNav beside Minigrid's: symbols and pixels in a batch, one environment; and as tensors on a device.
 
     Minigrid has no batches of its own, so its steps are those of one environment in a loop, made by ``gym.make``;
     ``RGBImgPartialObsWrapper(tile_size=8)`` gives it the same 56x56x3 pixels. Episodes that end are reset. Its tasks
     are the ones that come nearest: four rooms, and a corridor whose end must be remembered.
 
+    Tensors stand beside the native vector environment, with all that it returns; and, with signs by index and without
+    last observations, beside the device's own memory. That counts the bytes of ``image`` alone that are written (9,408
+    a step of pixels, 147 of symbols), over the bytes read and written by copies of 128 MiB.
+
+    Args:
+        device: Of the tensors. An accelerator has 65,536 environments beside its memory, a CPU 4,096.
+
     Raises:
-        UserError: Minigrid is not installed.
+        UserError: Minigrid is not installed, or the device is not there.
     """
     require("bench")
     import gymnasium as gym
@@ -137,8 +150,10 @@ def office_nav() -> list[Comparison]:
 
     from fleetgym.envs.office_nav.torch_env import TorchOfficeNav
 
+    TorchOfficeNav(1, device, "OfficeNav-Symbolic-v0")  # refuses a device that cannot be used
     generator = np.random.default_rng(0)
-    batch, steps, peer_steps = 1024, 32, 400
+    batch, tensor_batch, memory_batch, peer_steps = 1024, 4096, 4096 if device == "cpu" else 65536, 400
+    views = {"symbols": ("OfficeNav-Symbolic-v0", 256, 7 * 7 * 3), "pixels": ("OfficeNav-v0", 64, 56 * 56 * 3)}
 
     def stepper(env: gym.Env, number: int) -> Callable[[], None]:
         actions = generator.choice([0, 1, 2, 2, env.unwrapped.action_space.n - 1], size=number).tolist()
@@ -152,21 +167,11 @@ def office_nav() -> list[Comparison]:
 
         return work
 
-    def vector(env_id: str) -> Callable[[], None]:
-        env = gym.make_vec(env_id, num_envs=batch)
-        actions = generator.choice([0, 1, 2, 2, 3], size=(steps, batch))
+    def walker(env: Any, steps: int) -> Callable[[], None]:
+        actions = generator.choice([0, 1, 2, 2, 3], size=(steps, env.num_envs))
+        if isinstance(env, TorchOfficeNav):
+            actions = torch.as_tensor(actions, device=env.device)
         env.reset(seed=0)
-
-        def work() -> None:
-            for action in actions:
-                env.step(action)
-
-        return work
-
-    def tensors(env_id: str, number: int) -> Callable[[], None]:
-        env = TorchOfficeNav(number, "cpu", env_id)
-        actions = torch.as_tensor(generator.choice([0, 1, 2, 2, 3], size=(steps, number)))
-        env.reset(0)
 
         def work() -> None:
             for action in actions:
@@ -176,61 +181,67 @@ def office_nav() -> list[Comparison]:
 
     rows = []
     for peer_id in ("MiniGrid-FourRooms-v0", "MiniGrid-MemoryS13-v0"):
-        symbols = gym.make(peer_id)
-        pixels = ImgObsWrapper(RGBImgPartialObsWrapper(gym.make(peer_id), tile_size=8))
+        peers = {
+            "symbols": gym.make(peer_id),
+            "pixels": ImgObsWrapper(RGBImgPartialObsWrapper(gym.make(peer_id), tile_size=8)),
+        }
         name = f"minigrid {peer_id}"
-        rows += [
-            Comparison(
-                "environment steps",
-                steps * batch,
-                vector("OfficeNav-Symbolic-v0"),
-                stepper(symbols, peer_steps),
-                name,
-                peer_steps,
-                f"symbols, {batch} environments, beside {peer_id}",
-            ),
-            Comparison(
-                "environment steps",
-                steps * batch,
-                vector("OfficeNav-v0"),
-                stepper(pixels, peer_steps),
-                f"{name} with pixels",
-                peer_steps,
-                f"pixels, {batch} environments, beside {peer_id}",
-            ),
+        for view, (env_id, steps, _) in views.items():
+            rows.append(
+                Comparison(
+                    "environment steps",
+                    steps * batch,
+                    walker(gym.make_vec(env_id, num_envs=batch), steps),
+                    stepper(peers[view], peer_steps),
+                    name if view == "symbols" else f"{name} with pixels",
+                    peer_steps,
+                    f"{view}, {batch} environments, beside {peer_id}",
+                )
+            )
+        rows.append(
             Comparison(
                 "environment steps",
                 4 * peer_steps,
                 stepper(gym.make("OfficeNav-Symbolic-v0"), 4 * peer_steps),
-                stepper(symbols, peer_steps),
+                stepper(peers["symbols"], peer_steps),
                 name,
                 peer_steps,
                 f"symbols, gym.make, beside {peer_id}",
-            ),
-        ]
-    for env_id, what in (("OfficeNav-Symbolic-v0", "symbols"), ("OfficeNav-v0", "pixels")):
-        native = gym.make_vec(env_id, num_envs=4096)
-        actions = generator.choice([0, 1, 2, 2, 3], size=(steps, 4096))
-        native.reset(seed=0)
-
-        def ours(native: gym.vector.VectorEnv = native, actions: np.ndarray = actions) -> None:
-            for action in actions:
-                native.step(action)
-
+            )
+        )
+    source = torch.ones(1 << 27, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    where = "the CPU" if device == "cpu" else device
+    for view, (env_id, steps, size) in views.items():
         rows.append(
             Comparison(
                 "environment steps",
-                steps * 4096,
-                tensors(env_id, 4096),
-                ours,
+                steps * tensor_batch,
+                walker(TorchOfficeNav(tensor_batch, device, env_id), steps),
+                walker(gym.make_vec(env_id, num_envs=tensor_batch), steps),
                 "our native vector environment",
-                about=f"{what}, tensors on the CPU, 4096 environments",
+                about=f"{view}, tensors on {where}, {tensor_batch} environments",
+                device=device,
+            )
+        )
+        plain = TorchOfficeNav(memory_batch, device, env_id, sign="index", final_obs=False)
+        rows.append(
+            Comparison(
+                "environment steps",
+                steps * memory_batch,
+                walker(plain, steps),
+                lambda: target.copy_(source),
+                "bytes read and written by a copy",
+                2 * len(source),
+                f"{view}, tensors on {where}, {memory_batch} environments, beside its memory",
+                device,
+                size,
             )
         )
     return rows
 
 
-COMPARISONS: dict[str, Callable[[], Comparison | list[Comparison]]] = {
+COMPARISONS: dict[str, Callable[..., Comparison | list[Comparison]]] = {
     "meta_world": meta_world,
     "fleet_training": fleet_training,
     "matching": matching,
@@ -246,27 +257,45 @@ def compare(comparison: Comparison, repeat: int) -> dict[str, Any]:
         repeat: Pairs after one warm-up pair.
 
     Returns:
-        Medians in units a CPU-second, and the median ratio ours / peer's.
+        Medians in units a second of ``clock`` (``"cpu"``, or ``"wall"`` on an accelerator), and the median ratio ours /
+        peer's.
     """
+    on_cpu = comparison.device == "cpu"
+    clock = time.process_time if on_cpu else time.perf_counter
 
     def seconds(work: Callable[[], Any]) -> float:
-        began = time.process_time()
+        began = clock()
         work()
-        return time.process_time() - began
+        if not on_cpu:
+            torch.cuda.synchronize(comparison.device)
+        return clock() - began
 
     pairs = [(seconds(comparison.ours), seconds(comparison.peer)) for _ in range(repeat + 1)][1:]
     peer_count = comparison.peer_count or comparison.count
-    ratios = [comparison.count / ours / (peer_count / peer) for ours, peer in pairs]
+    ratios = [comparison.count * comparison.unit_bytes / ours / (peer_count / peer) for ours, peer in pairs]
+    name = "cpu" if on_cpu else "wall"
     return {
         "unit": comparison.unit,
-        "ours_per_cpu_second": comparison.count / statistics.median(ours for ours, _ in pairs),
-        "peer_per_cpu_second": peer_count / statistics.median(peer for _, peer in pairs),
+        "clock": name,
+        f"ours_per_{name}_second": comparison.count / statistics.median(ours for ours, _ in pairs),
+        f"peer_per_{name}_second": peer_count / statistics.median(peer for _, peer in pairs),
         "peer": comparison.peer_name,
         "ratio": statistics.median(ratios),
         "ratio_min": min(ratios),
         "ratio_max": max(ratios),
         "pairs": repeat,
     }
+
+
+def line(comparison: Comparison, row: dict[str, Any]) -> str:
+    """One row as it is printed."""
+    ours, peer = (row[f"{side}_per_{row['clock']}_second"] for side in ("ours", "peer"))
+    second = "CPU-second" if row["clock"] == "cpu" else "second"
+    spread = f"({row['ratio_min']:.2f} to {row['ratio_max']:.2f} in {row['pairs']} pairs)"
+    measured = f"{ours:.4g} {row['unit']} a {second}, {row['peer']} {peer:.4g}"
+    if comparison.unit_bytes == 1:
+        return f"{measured}: {row['ratio']:.2f} times as fast {spread}"
+    return f"{measured}: at {comparison.unit_bytes} bytes each, {row['ratio']:.3f} of the bandwidth {spread}"
 
 
 @dataclass
@@ -277,6 +306,8 @@ class Args:
     """Comparisons to run; all by default."""
     repeat: int = 5
     """Pairs of runs of each."""
+    device: str = "cpu"
+    """Where the tensors of office_nav are; on an accelerator, seconds are those of the clock."""
     out: Path | None = None
     """Write the figures to this .json file."""
 
@@ -296,15 +327,11 @@ def main(argv: Sequence[str]) -> int:
     if not args.only and not installed("bench"):
         print("office_nav is left out: " + install_line("bench"))
     for name in args.only or [name for name in COMPARISONS if name != "office_nav" or installed("bench")]:
-        found = COMPARISONS[name]()
+        found = COMPARISONS[name](args.device) if name == "office_nav" else COMPARISONS[name]()
         for comparison in found if isinstance(found, list) else [found]:
             title = f"{name} ({comparison.about})" if comparison.about else name
             results[title] = row = compare(comparison, args.repeat)
-            print(
-                f"{title}: {row['ours_per_cpu_second']:.4g} {row['unit']} a CPU-second, {row['peer']} "
-                f"{row['peer_per_cpu_second']:.4g}: {row['ratio']:.2f} times as fast "
-                f"({row['ratio_min']:.2f} to {row['ratio_max']:.2f} in {row['pairs']} pairs)"
-            )
+            print(f"{title}: {line(comparison, row)}")
     if args.out is not None:
         write_json(args.out, {"results": results, "provenance": provenance()})
     return 0

@@ -520,12 +520,13 @@ def step(w, state, actions, mode, rewards, terminated, truncated):
 
 
 @_jit
-def _finish(w, sights, state, ended, rgb):
+def _finish(w, sights, state, ended, rgb, spread):
     """What is seen and told last of the ``ended`` environments that are done, which then are reset.
 
     Returns:
         Which they are, int64 [ended]; their images, uint8 [ended, bytes]; whether they stand on the sign, int64
-        [ended]; the signs of those who do, uint64 [on, 2646]; and ``info`` of all, zeros but for those, int64 [6, B].
+        [ended]; the signs of those who do, uint64 [on, 2646]; and their ``info``, int64 [6, ended], or with ``spread``
+        that of all environments, int64 [6, B], zeros but for theirs.
     """
     which, on_sign = np.empty(ended, np.int64), np.empty(ended, np.int64)
     place = 0
@@ -533,7 +534,7 @@ def _finish(w, sights, state, ended, rgb):
         if state[DONE, row]:
             which[place] = row
             place += 1
-    info = np.zeros((len(INFO), state.shape[1] if ended else 0), np.int64)
+    info = np.zeros((len(INFO), state.shape[1] if spread and ended else ended), np.int64)
     image = np.empty((ended if not rgb else 0, VIEW * VIEW * 3), np.uint8)
     words = np.empty((ended if rgb else 0, VIEW * BAND), np.uint64)
     _look(sights, state, which, image, words, rgb, on_sign)
@@ -544,20 +545,22 @@ def _finish(w, sights, state, ended, rgb):
             draw_sign(sights, state[LAYOUT, row], state[SHOWN, row], state[TASK, row], signs[place])
             place += 1
         for entry in range(len(INFO)):
-            info[entry, row] = state[entry, row]
+            info[entry, row if spread else out] = state[entry, row]
         _next_episode(w, state, row)
     return which, words.view(np.uint8) if rgb else image, on_sign, signs, info
 
 
 @_jit
-def advance(w, sights, state, actions, mode, rewards, terminated, truncated, image, words, rgb, sign, drawn, on_sign):
+def advance(
+    w, sights, state, actions, mode, spread, rewards, terminated, truncated, image, words, rgb, sign, drawn, on_sign
+):
     """``step``, in ``SAME_STEP`` the reset of what has ended, and ``observe``, whose arguments these are.
 
     Returns:
         What ``step`` returns; and, of the environments that ended, what ``_finish`` returns (no rows in other modes).
     """
     ended = step(w, state, actions, mode, rewards, terminated, truncated)
-    last = _finish(w, sights, state, ended if mode == SAME_STEP and ended > 0 else 0, rgb)
+    last = _finish(w, sights, state, ended if mode == SAME_STEP and ended > 0 else 0, rgb, spread)
     if ended >= 0:
         observe(sights, state, image, words, rgb, sign, drawn, on_sign)
     return ended, last

@@ -66,6 +66,7 @@ class _KernelRows:
             rows.state,
             actions.numpy(),
             self.mode,
+            False,
             rewards,
             terminated,
             truncated,
@@ -84,7 +85,6 @@ class _KernelRows:
         self, which: np.ndarray, image: np.ndarray, on_sign: np.ndarray, signs: np.ndarray, info: np.ndarray
     ) -> dict[str, Any]:
         observation = {"image": image.reshape(len(which), *self._image.shape[1:]), "on_sign": on_sign}
-        info = info[:, which] if len(which) else info
         if self.index:
             # The layout is still that of the episode that ended, as only a reset with options changes it.
             layout = self.rows.state[kernels.LAYOUT, which]
@@ -110,7 +110,7 @@ class _KernelRows:
         return observation | {"sign_index": torch.from_numpy(index)}
 
     def _info(self, info: np.ndarray) -> dict[str, Tensor]:
-        tensors = dict(zip(kernels.INFO, map(torch.from_numpy, info)))
+        tensors = dict(zip(kernels.INFO, torch.from_numpy(info).unbind()))
         return tensors | {"success": tensors["success"] != 0}
 
 

@@ -454,6 +454,7 @@ class OfficeNavVectorEnv(VectorEnv):
             rows.state,
             actions,
             self._mode,
+            True,
             rewards,
             terminated,
             truncated,
