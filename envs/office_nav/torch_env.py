@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -42,6 +43,11 @@ class _KernelRows:
         """The episode's number in its trial, int64 [B]."""
         return torch.from_numpy(self.rows.state[kernels.EPISODE])
 
+    def __getstate__(self) -> dict[str, Any]:
+        # They are other views of the tensors' memory, which pickling would part.
+        return {key: value for key, value in self.__dict__.items() if key != "_arrays"}
+
+    @functools.cached_property
     def _arrays(self) -> tuple[np.ndarray, np.ndarray, bool, np.ndarray, np.ndarray]:
         """Where the kernels write: image, words, whether these are wanted, sign and what it holds."""
         image, sign = self._image.numpy().reshape(len(self._image), -1), self._sign.numpy()
@@ -52,7 +58,7 @@ class _KernelRows:
         """See ``TensorRows.reset``."""
         self.rows.apply(resets, draw_seed)
         on_sign = np.empty(len(self._image), np.int64)
-        kernels.observe(self.rows.sights, self.rows.state, *self._arrays(), on_sign)
+        kernels.observe(self.rows.sights, self.rows.state, *self._arrays, on_sign)
         return self._seen(on_sign), self._info(self.rows.state[: len(kernels.INFO)].copy())
 
     def step(self, actions: Tensor) -> tuple[dict[str, Tensor], Tensor, Tensor, Tensor, dict[str, Any]]:
@@ -70,7 +76,7 @@ class _KernelRows:
             rewards,
             terminated,
             truncated,
-            *self._arrays(),
+            *self._arrays,
             on_sign,
         )
         if ended < 0:
@@ -111,7 +117,8 @@ class _KernelRows:
 
     def _info(self, info: np.ndarray) -> dict[str, Tensor]:
         tensors = dict(zip(kernels.INFO, torch.from_numpy(info).unbind()))
-        return tensors | {"success": tensors["success"] != 0}
+        tensors["success"] = torch.from_numpy(info[-1] != 0)
+        return tensors
 
 
 class TorchOfficeNav:
