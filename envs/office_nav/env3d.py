@@ -25,6 +25,8 @@ from fleetgym.core.errors import UserError, unknown
 from fleetgym.envs.office_nav import glyphs, raycast
 from fleetgym.envs.office_nav.raycast import CRATE, OFFICES, RADIUS
 from fleetgym.envs.office_nav.rng import SIGN, TASK, UNIT, bits, pick, top24
+from fleetgym.envs.office_nav.tiles import ANSI_AGENT
+from fleetgym.envs.office_nav.vector import resolve_autoreset_mode, resolve_mask, resolve_reset, resolve_seeds
 
 HORIZON = 30
 EPISODES = 2
@@ -63,6 +65,14 @@ STATE = np.dtype(
 )
 
 
+#: What signs can say, by their number: ``PHRASES``, then nothing.
+BLANK = len(PHRASES)
+TEXTS = (*(phrase for phrase, _ in PHRASES), "")
+#: The office that each sign names, -1 for the blank one.
+MEANINGS = np.array([*(office for _, office in PHRASES), -1])
+MEANINGS.flags.writeable = False
+
+
 def resolve(phrase: str) -> int:
     """The office that a phrase means: 0 is the first, leftmost as one faces them.
 
@@ -73,6 +83,19 @@ def resolve(phrase: str) -> int:
     if phrase not in meanings:
         raise unknown("phrase", phrase, meanings)
     return meanings[phrase]
+
+
+def phrase_number(phrase: str | None) -> int:
+    """The number of what a sign is to say: an index into ``TEXTS``, -1 for None.
+
+    Raises:
+        UserError: Not a phrase, nor ``""``.
+    """
+    if phrase is None:
+        return -1
+    if phrase:
+        resolve(phrase)
+    return TEXTS.index(phrase)
 
 
 # ---------------------------------------------------------------------------------------------------- the building
@@ -208,7 +231,7 @@ def world() -> World:
     return World(
         scenes=(_scene(False, *pieces), _scene(True, *pieces)),
         textures=raycast.pyramid(list(pictures.values())),
-        signs=raycast.sign_tables(np.stack([*(sign_bitmap(phrase) for phrase, _ in PHRASES), sign_bitmap("")])),
+        signs=raycast.sign_tables(np.stack([sign_bitmap(text) for text in TEXTS])),
         looks=np.array(looks, np.int64),
         crates=np.array(boxes, np.int64),
         starts=np.array([[6.0, 9.0, 4.0, 6.0], [6.0, 9.0, 6.0, 8.0]]),
@@ -236,32 +259,31 @@ def phrase_table(split: str = "train") -> np.ndarray:
 # ---------------------------------------------------------------------------------------------------- the rules
 
 
-class _Trials:
-    """The states of n environments and all that happens to them; the single environment is n = 1 of the same code."""
+@dataclass(frozen=True)
+class _Rule:
+    """What ``resolve_reset`` asks of a variant."""
 
-    def __init__(self, num_envs: int, split: str, released: bool, horizon: int, phrase: str | None) -> None:
-        if isinstance(horizon, bool) or not isinstance(horizon, (int, np.integer)) or horizon < 1:
-            raise UserError(f"horizon is {horizon!r}; an episode has at least one step")
-        self.released, self.horizon = bool(released), int(horizon)
-        self.fixed_phrase = None
-        if phrase is not None:
-            if phrase:
-                resolve(phrase)
-            self.fixed_phrase = _TEXTS.index(phrase)
-        self.state = np.zeros(num_envs, STATE)
-        self.state["split"] = self.default = self.split_number(split)
-        self.seeded = np.zeros(num_envs, bool)
-        self._use(world())
+    episodes: int = EPISODES
 
-    def _use(self, here: World) -> None:
-        self._tables = (here.scenes, here.textures, here.signs, here.looks, here.crates)
 
-    def split_number(self, split: Any) -> int:
-        """The number of a split; an unknown one is an error that names all."""
+class _Tasks:
+    """Task ids and splits; what ``resolve_reset`` asks of tables."""
+
+    variant = _Rule()
+
+    def __init__(self, released: bool) -> None:
+        self.released = bool(released)
+
+    def split(self, name: Any) -> int:
+        """The number of a split.
+
+        Raises:
+            UserError: Unknown split; the message names all.
+        """
         allowed = SPLITS[:2] if self.released else SPLITS
-        if split not in allowed:
-            raise UserError(f"unknown split {split!r}; the splits are {', '.join(allowed)}")
-        return SPLITS.index(split)
+        if name not in allowed:
+            raise UserError(f"unknown split {name!r}; the splits are {', '.join(allowed)}")
+        return SPLITS.index(name)
 
     def pool(self, split: int) -> np.ndarray:
         """The task ids of a split."""
@@ -271,6 +293,46 @@ class _Trials:
             return np.arange(TRAIN_TASKS)
         held_out = np.arange(TRAIN_TASKS, TRAIN_TASKS + TEST_TASKS)
         return held_out[held_out % OFFICES == resolve(HELD_OUT)] if SPLITS[split] == "phrases" else held_out
+
+    def check_task(self, task: Any, split: Any) -> tuple[int, int]:
+        """A task id and the number of its split, which is ``train`` or ``test`` by the id unless named.
+
+        Raises:
+            UserError: An impossible task id, an unknown split, or a task id that the split does not have.
+        """
+        number = None if split is None else self.split(split)
+        total = RELEASED_TASKS if self.released else TRAIN_TASKS + TEST_TASKS
+        if isinstance(task, (bool, np.bool_)) or not isinstance(task, (int, np.integer)) or not 0 <= task < total:
+            raise UserError(f"task_id is {task!r}; it is an integer from 0 to {total - 1}")
+        if number is None:
+            number = 0 if task in self.pool(0) else 1
+        if task not in (pool := self.pool(number)):
+            raise UserError(f"task_id {task} is not in split {SPLITS[number]!r}, which has {_ranges(pool)}")
+        return int(task), number
+
+
+class Trials:
+    """The states of n environments and all that happens to them; the single environment is n = 1 of the same code.
+
+    Attributes:
+        state: [n] of ``STATE``.
+        seeded: Which have been reset, bool [n].
+        said: What the signs say, whatever is true: index into ``PHRASES`` or ``BLANK``, -1 for the truth; [n].
+    """
+
+    def __init__(self, num_envs: int, split: str, released: bool, horizon: int, phrase: str | None) -> None:
+        if isinstance(horizon, bool) or not isinstance(horizon, (int, np.integer)) or horizon < 1:
+            raise UserError(f"horizon is {horizon!r}; an episode has at least one step")
+        self.tasks, self.horizon = _Tasks(released), int(horizon)
+        self._fixed = phrase_number(phrase)
+        self.state = np.zeros(num_envs, STATE)
+        self.state["split"] = self.default = self.tasks.split(split)
+        self.seeded = np.zeros(num_envs, bool)
+        self.said = np.full(num_envs, self._fixed)
+        self._use(world())
+
+    def _use(self, here: World) -> None:
+        self.tables = (here.scenes, here.textures, here.signs, here.looks, here.crates)
 
     def reset(
         self,
@@ -284,66 +346,29 @@ class _Trials:
         Args:
             which: bool [n].
             seeds: One an environment; None goes on without one.
-            options: ``task_id`` and ``split`` (one, or one an environment) and ``new_trial``.
+            options: ``task_id``, ``split`` and ``phrase`` (one, or one an environment) and ``new_trial``.
             draw_seed: Gives the seed of an environment that never had one.
 
         Raises:
-            UserError: Unknown option or split, an impossible task id or seed, or options that contradict each other.
-                Nothing has been reset then.
+            UserError: Unknown option, split or phrase, an impossible task id or seed, or options that contradict each
+                other. Nothing has been reset then.
         """
-        options = dict(options or {})
-        tasks, splits = self._each("task_id", options), self._each("split", options)
-        new = options.pop("new_trial", None)
-        if options:
-            raise UserError(f"unknown option {next(iter(options))!r} of reset; it takes task_id, split, new_trial")
-        if new is not None and not isinstance(new, (bool, np.bool_)):
-            raise UserError(f"new_trial is {new!r}; it is True or False")
-        state, index = self.state, np.flatnonzero(which)
-        task, split = np.full(len(state), -1), np.full(len(state), -1)
-        fresh, seeded = np.zeros(len(state), bool), np.zeros(len(state), bool)
-        for row in index:
-            seed, named = seeds[row], splits[row] is not None or tasks[row] is not None
-            if seed is not None and (isinstance(seed, bool) or not isinstance(seed, (int, np.integer)) or seed < 0):
-                raise UserError(f"the seed is {seed!r}; it is an integer of at least 0")
-            if named:
-                task[row], split[row] = self._chosen(tasks[row], splits[row])
-            elif seed is not None:
-                split[row] = self.default
-            seeded[row] = seed is not None or not self.seeded[row]
-            if new is False and (named or seeded[row] or state["episode"][row] >= EPISODES):
-                raise UserError(
-                    "new_trial=False, but there is no trial to go on with: it has had its two episodes or was never "
-                    "begun, or a seed, task_id or split begins another; leave new_trial out, or say True"
-                )
-            fresh[row] = named or bool(new)
-        for row in np.flatnonzero(seeded):
-            seed = draw_seed() if seeds[row] is None else int(seeds[row])
-            state["seed"][row], state["trial"][row], state["episode"][row] = seed % (1 << 64), -1, EPISODES
-        self.seeded |= seeded
-        state["split"] = np.where(split >= 0, split, state["split"])
-        self.begin(which, fresh, task)
-
-    def _each(self, name: str, options: dict[str, Any]) -> Sequence[Any]:
-        value = options.pop(name, None)
-        if isinstance(value, (list, tuple, np.ndarray)):
-            if len(value) != len(self.state):
-                raise UserError(f"{name} has {len(value)} entries; give one, or {len(self.state)}, one an environment")
-            return list(value)
-        return [value] * len(self.state)
-
-    def _chosen(self, task: Any, split: Any) -> tuple[int, int]:
-        """Task id (-1: to be drawn) and split that options stand for."""
-        number = None if split is None else self.split_number(split)
-        if task is None:
-            return -1, number
-        total = RELEASED_TASKS if self.released else TRAIN_TASKS + TEST_TASKS
-        if isinstance(task, (bool, np.bool_)) or not isinstance(task, (int, np.integer)) or not 0 <= task < total:
-            raise UserError(f"task_id is {task!r}; it is an integer from 0 to {total - 1}")
-        if number is None:
-            number = 0 if task in self.pool(0) else 1
-        if task not in (pool := self.pool(number)):
-            raise UserError(f"task_id {task} is not in split {SPLITS[number]!r}, which has {_ranges(pool)}")
-        return int(task), number
+        state, options = self.state, dict(options or {})
+        phrases = options.pop("phrase", None)
+        if phrases is None or isinstance(phrases, str):
+            phrases = [phrases] * len(state)
+        elif not isinstance(phrases, (list, tuple)) or len(phrases) != len(state):
+            raise UserError(f"phrase {phrases!r}: give one, or {len(state)}, one for each environment")
+        said = np.array([phrase_number(phrase) for phrase in phrases])
+        resets = resolve_reset(self.tasks, self.default, seeds, options, which, self.seeded, lambda: state["episode"])
+        begun = which & (resets.fresh == 2)
+        state["seed"][begun] = resets.drawn_seeds(draw_seed).view(np.uint64)
+        state["trial"][begun], state["episode"][begun] = -1, EPISODES
+        self.seeded |= begun
+        state["split"] = np.where(resets.split >= 0, resets.split, state["split"])
+        self.said[begun] = self._fixed
+        self.said = np.where(which & (said >= 0), said, self.said)
+        self.begin(which, resets.fresh > 0, resets.task)
 
     def begin(self, which: np.ndarray, fresh: np.ndarray | None = None, task: np.ndarray | None = None) -> None:
         """Begins the next episode of the environments of a mask: of their trial if it has one left, else of the next.
@@ -362,7 +387,7 @@ class _Trials:
         state["episode"][made] = 0
         for number in np.unique(state["split"][made]):
             of = made[state["split"][made] == number]
-            pool = self.pool(int(number))
+            pool = self.tasks.pool(int(number))
             state["task"][of] = pool[pick(self._bits(of, 0, TASK), len(pool))]
         if task is not None:
             state["task"][made] = np.where(task[made] >= 0, task[made], state["task"][made])
@@ -377,10 +402,9 @@ class _Trials:
         drawn = top24(self._bits(index, episode, SIGN))
         for number in np.unique(state["split"][index]):
             of = state["split"][index] == number
-            table = phrase_table("all" if self.released else SPLITS[number])[state["goal"][index[of]]]
+            table = phrase_table("all" if self.tasks.released else SPLITS[number])[state["goal"][index[of]]]
             state["phrase"][index[of]] = (table > drawn[of, None]).argmax(1)
-        if self.fixed_phrase is not None:
-            state["phrase"][index] = self.fixed_phrase
+        state["phrase"][index] = np.where(self.said[index] >= 0, self.said[index], state["phrase"][index])
         starts = world().starts[state["layout"][index]]
         unit = [self._bits(index, episode, SIGN + 1 + place) / 2.0**32 for place in range(3 + OFFICES)]
         state["x"][index] = starts[:, 0] + unit[0] * (starts[:, 1] - starts[:, 0])
@@ -394,13 +418,13 @@ class _Trials:
 
     def draw(self, frames: np.ndarray, which: np.ndarray) -> None:
         """Draws the frames [n, height, width, 3] of those for which ``which`` is true."""
-        raycast.pictures(frames, self.state, which, *self._tables)
+        raycast.pictures(frames, self.state, which, *self.tables)
 
     def advance(self, frames: np.ndarray, actions: np.ndarray, stepping: np.ndarray) -> tuple[np.ndarray, ...]:
         """Steps those for which ``stepping`` is true and draws all; reward, terminated, truncated."""
         size = len(self.state)
         ends = np.empty(size), np.empty(size, bool), np.empty(size, bool)
-        raycast.advance(frames, self.state, actions, stepping, *self._tables, self.horizon, *ends)
+        raycast.advance(frames, self.state, actions, stepping, *self.tables, self.horizon, *ends)
         return ends
 
     def overview(self, index: int, scale: int = 16) -> np.ndarray:
@@ -434,21 +458,77 @@ class _Trials:
         picture[(ahead > -RADIUS) & (ahead < RADIUS) & (np.abs(aside) < 0.5 * (RADIUS - ahead))] = (220, 30, 30)
         return picture
 
+    def text(self, index: int) -> str:
+        """The building from above in characters of 0.3 m by 0.6 m, and below it where the trial stands.
+
+        ``#`` wall, ``D`` closed and ``/`` open door, ``%`` furniture, ``S`` the sign, ``> v < ^`` the agent, and boxes
+        by the first letter of their colour (``a`` for grey). The floor plan has x to the right and z downwards: the
+        first office is at the bottom.
+        """
+        one = self.state[index]
+        scene = world().scenes[one["layout"]]
+        z, x = np.indices((22, 65)).astype(float)
+        x, z = 0.3 * x - 0.45, 0.6 * z - 0.3  # the middles of the characters; one of wall all round
+        characters = np.full(x.shape, "#")
+        for x0, x1, z0, z1 in scene.rects:
+            characters[(x > x0) & (x < x1) & (z > z0) & (z < z1)] = " "
+        for at_x, at_z, half_x, half_z, *_ in scene.furniture:
+            characters[(abs(x - at_x) < half_x + 0.1) & (abs(z - at_z) < half_z + 0.2) & (characters == " ")] = "%"
+        characters[(abs(x - 18.75) < 0.2) & (z > scene.sign[1]) & (z < scene.sign[2])] = "S"
+        for door, (x0, z0, _, z1) in enumerate(scene.doors):
+            there = (abs(x - x0) < 0.15 + 1e-6) & (z > z0) & (z < z1)
+            characters[there & (characters == " ")] = "/" if (one["doors"] >> door) & 1 else "D"
+        for office, name in enumerate(self.box_colours(index)):
+            self._place(characters, *office_centre(office), name[0] if name != "grey" else "a")
+        quarter = round(-float(one["heading"]) / (math.pi / 2)) % 4
+        self._place(characters, float(one["x"]), float(one["z"]), ANSI_AGENT[quarter])
+        degrees = round(math.degrees(float(one["heading"]))) % 360
+        return "\n".join(
+            [
+                *("".join(line) for line in characters),
+                f"trial {one['trial']}, episode {one['episode']} of {EPISODES}, step {one['steps']} of {self.horizon}, "
+                f"task {one['task']}, at ({one['x']:.1f}, {one['z']:.1f}) looking {degrees} degrees left of east",
+                f"sign: {TEXTS[one['phrase']]}",
+            ]
+        )
+
+    @staticmethod
+    def _place(characters: np.ndarray, x: float, z: float, letter: str) -> None:
+        characters[round((z + 0.3) / 0.6), round((x + 0.45) / 0.3)] = letter
+
+    def box_colours(self, index: int) -> list[str]:
+        """The colours of the boxes of an environment, by office."""
+        one = self.state[index]
+        others = iter(world().crates[one["look"], 1:])
+        first = world().crates[one["look"], 0]
+        textures = [first if office == one["goal"] else next(others) for office in range(OFFICES)]
+        return [world().names[texture].split()[0] for texture in textures]
+
+    def contrasts(self, which: np.ndarray) -> np.ndarray:
+        """How legible the sign is in the frames of a mask: see ``raycast.contrast``; 0 for the others, int64 [n]."""
+        counts = np.zeros(len(self.state), np.int64)
+        raycast.contrasts(counts, self.state, which, *self.tables, MEANINGS)
+        return counts
+
+    def sign_views(self, index: int) -> np.ndarray:
+        """An environment's frame with each of ``TEXTS`` on the sign, uint8 [11, 60, 80, 3]."""
+        frames = np.empty((len(TEXTS), raycast.HEIGHT, raycast.WIDTH, 3), np.uint8)
+        one = self.state[index : index + 1].copy()
+        raycast.sign_views(frames, one[0], self.tables[0][int(one["layout"][0])], *self.tables[1:])
+        return frames
+
     def render(self, index: int) -> np.ndarray:
         """The view four times as fine beside the building from above, RGB [240, 692, 3]."""
         frame = np.zeros((1, 4 * raycast.HEIGHT, 4 * raycast.WIDTH, 3), np.uint8)
-        raycast.pictures(frame, self.state[index : index + 1], np.ones(1, bool), *self._tables)
+        raycast.pictures(frame, self.state[index : index + 1], np.ones(1, bool), *self.tables)
         return np.concatenate([frame[0], self.overview(index, 20)], 1)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {key: value for key, value in self.__dict__.items() if key != "_tables"}
+        return {key: value for key, value in self.__dict__.items() if key != "tables"}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._use(world())
-
-
-_TEXTS = (*(phrase for phrase, _ in PHRASES), "")
 
 
 def _ranges(pool: np.ndarray) -> str:
@@ -495,10 +575,12 @@ class OfficeNav3DEnv(gym.Env):
     drawn anew; after that it begins a new trial. `reset(seed=...)` begins trial 0 of that seed, in the split that the
     environment was made with. `options` may have `task_id` (begins a trial in that building; its split is `train` or
     `test` by the id unless `split` says otherwise), `split` (begins a trial of that split, and later ones come from it
-    as well, until a seed or another split is given) and `new_trial`: True begins a trial, False insists on going on
-    with the present one and is an error where that cannot be.
+    as well, until a seed or another split is given), `new_trial` (True begins a trial, False insists on going on with
+    the present one and is an error where that cannot be) and `phrase`: what the sign says from this episode on,
+    whatever is true, until a seed or another phrase is given; `""` leaves it blank.
 
-    `info` has `trial` (from 0), `episode` (1 or 2), `task_id`, `phrase`, `goal` (the office, from 0) and `success`.
+    `info` has `trial` (from 0), `episode` (1 or 2), `task_id`, `phrase`, `phrase_id` (its place among
+    `env3d.TEXTS`), `goal` (the office, from 0) and `success`.
 
     ## Tasks and splits
 
@@ -518,11 +600,13 @@ class OfficeNav3DEnv(gym.Env):
 
     ## Arguments
 
-    - `render_mode`: None or `"rgb_array"` (the view, four times as fine, beside the building from above).
+    - `render_mode`: None, `"rgb_array"` (the view, four times as fine, beside the building from above) or `"ansi"` (the
+      building from above in characters, and what the sign says).
     - `split`: the split to begin with.
     - `released`: tasks and phrases as released.
     - `horizon`: steps after which an episode is truncated.
-    - `phrase`: what the sign says, whatever is true; `""` leaves it blank. For tests of whether an agent reads.
+    - `phrase`: what the sign says, whatever is true; `""` leaves it blank. For tests of whether an agent reads;
+      `reset` has an option for one that changes.
 
     ## Differences from the released code
 
@@ -535,7 +619,7 @@ class OfficeNav3DEnv(gym.Env):
     - v0: first version.
     """
 
-    metadata = {"render_modes": ["rgb_array"], "render_fps": 5}
+    metadata = {"render_modes": ["rgb_array", "ansi"], "render_fps": 5}
 
     def __init__(
         self,
@@ -549,7 +633,7 @@ class OfficeNav3DEnv(gym.Env):
         if render_mode is not None and render_mode not in self.metadata["render_modes"]:
             raise unknown("render mode", render_mode, self.metadata["render_modes"])
         self.render_mode = render_mode
-        self._trials = _Trials(1, split, released, horizon, phrase)
+        self.trials = Trials(1, split, released, horizon, phrase)
         self._action, self._one = np.zeros(1, np.int64), np.ones(1, bool)
         self.observation_space = spaces.Box(0, 255, (raycast.HEIGHT, raycast.WIDTH, 3), np.uint8)
         self.action_space = spaces.Discrete(len(ACTIONS))
@@ -561,24 +645,24 @@ class OfficeNav3DEnv(gym.Env):
 
         Args:
             seed: Begins a new trial, the first of this seed.
-            options: ``task_id``, ``split`` and ``new_trial``, all optional.
+            options: ``task_id``, ``split``, ``new_trial`` and ``phrase``, all optional.
 
         Raises:
-            UserError: Unknown option, task id or split, or ``new_trial=False`` where no trial can go on.
+            UserError: Unknown option, task id, split or phrase, or ``new_trial=False`` where no trial can go on.
+                Nothing has been reset then.
         """
-        if seed is None or (isinstance(seed, (int, np.integer)) and seed >= 0):
-            super().reset(seed=None if seed is None else int(seed))
-        self._trials.reset(self._one, [seed], options, lambda: int(self.np_random.integers(1 << 63)))
+        self.trials.reset(self._one, [seed], options, lambda: int(self.np_random.integers(1 << 63)))
+        if seed is not None:  # known to be good by now
+            super().reset(seed=int(seed))
         frame = np.empty((1, *self.observation_space.shape), np.uint8)
-        self._trials.draw(frame, self._one)
+        self.trials.draw(frame, self._one)
         return frame[0], self._info(False)
 
     def step(self, action: int) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
         """Makes one step.
 
         Raises:
-            UserError: Not an action.
-            gymnasium.error.ResetNeeded: The episode is over, or was never begun.
+            UserError: Not an action, no reset before, or the episode has ended. Nothing has moved then.
         """
         try:
             self._action[0] = number = operator.index(action)
@@ -586,20 +670,23 @@ class OfficeNav3DEnv(gym.Env):
             raise _wrong_action(action) from None
         if not 0 <= number < len(ACTIONS) or isinstance(action, bool):
             raise _wrong_action(action)
-        if not self._trials.state["running"][0]:
-            raise gym.error.ResetNeeded("no episode of OfficeNav3D is running; call reset()")
+        if not self.trials.seeded[0]:
+            raise UserError("step before reset; call reset() first")
+        if not self.trials.state["running"][0]:
+            raise UserError("the episode has ended; call reset() before the next step")
         frame = np.empty((1, raycast.HEIGHT, raycast.WIDTH, 3), np.uint8)
-        reward, terminated, truncated = self._trials.advance(frame, self._action, self._one)
+        reward, terminated, truncated = self.trials.advance(frame, self._action, self._one)
         done = bool(terminated[0])
         return frame[0], float(reward[0]), done, bool(truncated[0]), self._info(done)
 
     def _info(self, success: bool) -> dict[str, Any]:
-        one = self._trials.state[0]
+        one = self.trials.state[0]
         return {
             "trial": int(one["trial"]),
             "episode": int(one["episode"]),
             "task_id": int(one["task"]),
-            "phrase": _TEXTS[one["phrase"]],
+            "phrase": TEXTS[one["phrase"]],
+            "phrase_id": int(one["phrase"]),
             "goal": int(one["goal"]),
             "success": success,
         }
@@ -607,32 +694,48 @@ class OfficeNav3DEnv(gym.Env):
     @property
     def pose(self) -> tuple[float, float, float]:
         """Where the agent is: x, z (metres) and heading (radians, 0 along +x, growing to the left)."""
-        return tuple(float(self._trials.state[name][0]) for name in ("x", "z", "heading"))
+        return tuple(float(self.trials.state[name][0]) for name in ("x", "z", "heading"))
 
-    def render(self) -> np.ndarray | None:
-        """The view beside the building from above, RGB [240, 692, 3]; None without ``render_mode="rgb_array"``."""
+    def render(self) -> np.ndarray | str | None:
+        """The view beside the building from above, RGB [240, 692, 3], or the building from above in characters.
+
+        Raises:
+            UserError: Not reset yet.
+        """
         if self.render_mode is None:
-            gym.logger.warn('render() needs gym.make(..., render_mode="rgb_array")')
+            gym.logger.warn("render() without a render_mode; make it with render_mode='rgb_array' or 'ansi'")
             return None
-        return self._trials.render(0)
+        if not self.trials.seeded[0]:
+            raise UserError("render before reset; call reset() first")
+        return self.trials.render(0) if self.render_mode == "rgb_array" else self.trials.text(0)
+
+    def sign(self) -> np.ndarray:
+        """What hangs at the sign's place in this episode, wherever the agent is; uint8 [88, 280, 3].
+
+        Raises:
+            UserError: Not reset yet.
+        """
+        if not self.trials.seeded[0]:
+            raise UserError("sign before reset; call reset() first")
+        bitmap = sign_bitmap(TEXTS[self.trials.state["phrase"][0]])
+        return np.repeat(bitmap.repeat(4, 0).repeat(4, 1)[..., None], 3, 2)
 
 
 class OfficeNav3DVectorEnv(VectorEnv):
     """Many ``OfficeNav3DEnv`` in one process; environment ``i`` plays what a single one with its seed would.
 
-    ``infos`` have the same entries as arrays [num_envs], but ``phrase_id`` (index into ``PHRASES``) for ``phrase``.
-    All three autoreset modes are there: after an episode's end the next one begins in the next step (its action is
-    ignored, the default), in the same step (``final_obs`` and ``final_info`` tell how the last one ended), or by
-    ``reset(options={"reset_mask": mask})``.
+    ``infos`` have the same entries as arrays [num_envs], but not ``phrase``. All three autoreset modes are there: after
+    an episode's end the next one begins in the same step (the default; ``final_obs`` and ``final_info`` tell how the
+    last one ended), in the next step (its action is ignored), or by ``reset(options={"reset_mask": mask})``.
     """
 
-    metadata = {"render_modes": ["rgb_array"], "render_fps": 5}
+    metadata = {"render_modes": ["rgb_array", "ansi"], "render_fps": 5}
 
     def __init__(
         self,
         num_envs: int = 1,
         *,
-        autoreset_mode: AutoresetMode | str = AutoresetMode.NEXT_STEP,
+        autoreset_mode: AutoresetMode | str = AutoresetMode.SAME_STEP,
         render_mode: str | None = None,
         split: str = "train",
         released: bool = False,
@@ -641,16 +744,12 @@ class OfficeNav3DVectorEnv(VectorEnv):
     ) -> None:
         if isinstance(num_envs, bool) or not isinstance(num_envs, (int, np.integer)) or num_envs < 1:
             raise UserError(f"num_envs is {num_envs!r}; at least one is needed")
-        if not isinstance(autoreset_mode, AutoresetMode):
-            modes = {key: mode for mode in AutoresetMode for key in (mode.name.lower(), mode.value.lower())}
-            if str(autoreset_mode).lower() not in modes:
-                raise unknown("autoreset mode", autoreset_mode, [mode.name.lower() for mode in AutoresetMode])
-            autoreset_mode = modes[str(autoreset_mode).lower()]
         if render_mode is not None and render_mode not in self.metadata["render_modes"]:
             raise unknown("render mode", render_mode, self.metadata["render_modes"])
-        self.num_envs, self.render_mode, self.autoreset_mode = int(num_envs), render_mode, autoreset_mode
-        self.metadata = {**self.metadata, "autoreset_mode": autoreset_mode}
-        self._trials = _Trials(self.num_envs, split, released, horizon, phrase)
+        self.num_envs, self.render_mode = int(num_envs), render_mode
+        self.autoreset_mode = resolve_autoreset_mode(autoreset_mode)
+        self.metadata = {**self.metadata, "autoreset_mode": self.autoreset_mode}
+        self.trials = Trials(self.num_envs, split, released, horizon, phrase)
         self._over = np.zeros(self.num_envs, bool)
         self.single_observation_space = spaces.Box(0, 255, (raycast.HEIGHT, raycast.WIDTH, 3), np.uint8)
         self.single_action_space = spaces.Discrete(len(ACTIONS))
@@ -665,39 +764,30 @@ class OfficeNav3DVectorEnv(VectorEnv):
 
         Args:
             seed: Environment ``i`` gets ``seed + i``, or the ``i``-th of a sequence.
-            options: As for the single environment; and ``reset_mask``, bool [num_envs], which to reset.
+            options: As for the single environment, ``task_id``, ``split`` and ``phrase`` one or one an environment; and
+                ``reset_mask``, bool [num_envs], which to reset.
 
         Raises:
             UserError: As for the single environment; or not one seed or mask entry an environment.
         """
         options = dict(options or {})
-        mask = options.pop("reset_mask", None)
-        if mask is None:
-            mask = np.ones(self.num_envs, bool)
-        elif not isinstance(mask, np.ndarray) or mask.shape != (self.num_envs,) or mask.dtype != bool or not mask.any():
-            raise UserError(f"reset_mask is {mask!r}; it is a bool array [{self.num_envs}] with at least one True")
-        if seed is None or isinstance(seed, (int, np.integer)):
-            plain = isinstance(seed, (int, np.integer)) and seed >= 0 and not isinstance(seed, bool)
-            seeds = [int(seed) + index if plain else seed for index in range(self.num_envs)]
-        else:
-            seeds = list(seed)
-            if len(seeds) != self.num_envs:
-                raise UserError(f"there are {len(seeds)} seeds; {self.num_envs} are wanted, one an environment")
-        given = next((one for one in seeds if one is not None), None)
-        if isinstance(given, (int, np.integer)) and given >= 0:
-            super().reset(seed=int(given))
-        self._trials.reset(mask, seeds, options, lambda: int(self.np_random.integers(1 << 63)))
+        mask = resolve_mask(options.pop("reset_mask", None), self.trials.seeded)
+        seeds = resolve_seeds(seed, self.num_envs)
+        self.trials.reset(mask, seeds, options, lambda: int(self.np_random.integers(1 << 63)))
+        given = next((int(one) for one in seeds if one is not None), None)
+        if given is not None:  # known to be good by now
+            super().reset(seed=given)
         self._over[mask] = False
         self._frames = self._frames.copy()  # the caller may still hold the last ones
-        self._trials.draw(self._frames, mask)
+        self.trials.draw(self._frames, mask)
         return self._frames.copy(), self._infos(mask, np.zeros(self.num_envs, bool))
 
     def step(self, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]:
         """Makes one step in all environments.
 
         Raises:
-            UserError: Not as many actions as environments, or one that is none.
-            gymnasium.error.ResetNeeded: An episode was never begun, or is over and autoreset is disabled.
+            UserError: Not as many actions as environments, one that is none, no reset before, or an episode that has
+                ended while autoreset is disabled. Nothing has moved then.
         """
         actions = np.asarray(actions)
         if actions.shape != (self.num_envs,) or actions.dtype.kind not in "iu":
@@ -707,14 +797,18 @@ class OfficeNav3DVectorEnv(VectorEnv):
         if ((actions < 0) | (actions >= len(ACTIONS))).any():
             raise _wrong_action(int(actions[(actions < 0) | (actions >= len(ACTIONS))][0]))
         again = self._over
-        if not self._trials.seeded.all() or (self.autoreset_mode == AutoresetMode.DISABLED and again.any()):
-            which = np.flatnonzero(again | ~self._trials.seeded).tolist()
-            raise gym.error.ResetNeeded(f"no episode is running in environments {which[:10]}; call reset()")
+        if not self.trials.seeded.all():
+            raise UserError("step before reset; call reset() first")
+        if self.autoreset_mode == AutoresetMode.DISABLED and again.any():
+            raise UserError(
+                f"environment {int(again.argmax())}: its episode has ended; "
+                f"call reset(options={{'reset_mask': terminated | truncated}}) first"
+            )
         everyone = np.ones(self.num_envs, bool)
         if again.any():
-            self._trials.begin(again)
+            self.trials.begin(again)
         frames = np.empty_like(self._frames)
-        reward, terminated, truncated = self._trials.advance(frames, actions.astype(np.int64), ~again)
+        reward, terminated, truncated = self.trials.advance(frames, actions.astype(np.int64), ~again)
         self._over = terminated | truncated
         infos: dict[str, Any] = {}
         success = terminated.copy()
@@ -724,8 +818,8 @@ class OfficeNav3DVectorEnv(VectorEnv):
                 final[index] = frames[index].copy()
             infos = {"final_obs": final, "_final_obs": self._over.copy()}
             infos |= {"final_info": self._infos(self._over, success), "_final_info": self._over.copy()}
-            self._trials.begin(self._over)
-            self._trials.draw(frames, self._over)
+            self.trials.begin(self._over)
+            self.trials.draw(frames, self._over)
             success[self._over] = False
             self._over = np.zeros(self.num_envs, bool)
         infos |= self._infos(everyone, success)
@@ -739,18 +833,29 @@ class OfficeNav3DVectorEnv(VectorEnv):
         )
 
     def _infos(self, which: np.ndarray, success: np.ndarray) -> dict[str, Any]:
-        state, infos = self._trials.state, {}
+        state, infos = self.trials.state, {}
         for name, entry in _INFO.items():
             infos[name] = np.where(which, state[entry], 0)
             infos[f"_{name}"] = which.copy()
         return infos | {"success": success & which, "_success": which.copy()}
 
-    def render(self) -> tuple[np.ndarray, ...] | None:
-        """A picture an environment, as the single environment's ``render``."""
+    @property
+    def pose(self) -> np.ndarray:
+        """Where the agents are, float64 [num_envs, 3]: x, z (metres) and heading (radians); a new array."""
+        return np.stack([self.trials.state[name] for name in ("x", "z", "heading")], 1)
+
+    def render(self) -> tuple[np.ndarray | str, ...]:
+        """A picture or text an environment, as the single environment's ``render``.
+
+        Raises:
+            UserError: Made without ``render_mode``, or not reset.
+        """
         if self.render_mode is None:
-            gym.logger.warn('render() needs gym.make_vec(..., render_mode="rgb_array")')
-            return None
-        return tuple(self._trials.render(index) for index in range(self.num_envs))
+            raise UserError(f"no render_mode; make it with one of {', '.join(self.metadata['render_modes'])}")
+        if not self.trials.seeded.all():
+            raise UserError("render before reset; call reset() first")
+        draw = self.trials.render if self.render_mode == "rgb_array" else self.trials.text
+        return tuple(draw(index) for index in range(self.num_envs))
 
 
 _INFO = {"trial": "trial", "episode": "episode", "task_id": "task", "phrase_id": "phrase", "goal": "goal"}

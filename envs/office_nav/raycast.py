@@ -4,8 +4,9 @@ The world is a set of axis-aligned rectangles (rooms and doorways) joined by por
 is in through one of four sides; where there is an open portal it goes on in the next rectangle, else it has found its
 wall. That needs one to five steps a ray instead of one a grid cell, and coordinates need not lie on a grid.
 
-The compiled rules of ``OfficeNav3D-v0`` stand at the end of this file, because numba's cache does not notice when a
-compiled function in another file changes.
+The compiled rules of ``OfficeNav3D-v0`` and the search for ways stand at the end of this file, because numba's cache
+does not notice when a compiled function or a constant in another file changes: nothing here is imported from this
+project.
 
 Axes: x to the right and z downwards on a floor plan, y up; units are metres. A heading of 0 looks along +x, pi/2 along
 -z, so that a growing heading turns left.
@@ -43,6 +44,14 @@ RADIUS, CRATE = 0.4, 0.4
 NEAR = RADIUS + CRATE * math.sqrt(2.0) + 1.1 * STRIDE
 #: Doors that are closer than this are opened, metres.
 REACH = 1.6
+#: From this difference of green on, two pixels are told apart when it is asked whether a sign can be read.
+CONTRAST = 48
+#: What ``way`` looks for: an office's box, a place where the sign can be read, or the sight of a box.
+TO_BOX, TO_SIGN, TO_SIGHT = range(3)
+#: Side of the cells of ``way``, metres, and the shapes of its tables: x, z, heading, doors; x, z, heading.
+CELL = 0.15
+VISITED = (125, 81, 12, 1 << (OFFICES + 1))
+MEMO = (125, 81, 72)
 
 
 class Scene(NamedTuple):
@@ -579,6 +588,34 @@ def pictures(frames, state, which, scenes, textures, signs, looks, crate_texture
 
 
 @numba.njit(cache=True)
+def _free(scene, x, z, open_doors):
+    """Whether the agent can stand at a place: it touches no wall, closed door, piece of furniture or box."""
+    if blocked(scene, x, z, RADIUS, open_doors):
+        return False
+    for office in range(OFFICES):
+        dx, dz = x - 1.2, z - (3.0 * (OFFICES - 1 - office) + 1.2)
+        if dx * dx + dz * dz < (RADIUS + CRATE * math.sqrt(2.0)) ** 2:
+            return False
+    return True
+
+
+@numba.njit(cache=True)
+def _opened(scene, x, z, open_doors):
+    """The open doors, a bit each, after all within reach have been opened."""
+    for door in range(scene.doors.shape[0]):
+        if segment_distance2(x, z, scene.doors[door]) < REACH * REACH:
+            open_doors |= 1 << door
+    return open_doors
+
+
+@numba.njit(cache=True)
+def _near(x, z, office):
+    """Whether an office's box is reached."""
+    dx, dz = x - 1.2, z - (3.0 * (OFFICES - 1 - office) + 1.2)
+    return dx * dx + dz * dz < NEAR * NEAR
+
+
+@numba.njit(cache=True)
 def _move(one, scene, action):
     """One step of one environment; returns whether the blue box is reached."""
     if action == LEFT:
@@ -587,20 +624,12 @@ def _move(one, scene, action):
         one.heading -= TURN
     elif action == FORWARD:
         x, z = one.x + STRIDE * math.cos(one.heading), one.z - STRIDE * math.sin(one.heading)
-        free = not blocked(scene, x, z, RADIUS, one.doors)
-        for office in range(OFFICES):
-            dx, dz = x - 1.2, z - (3.0 * (OFFICES - 1 - office) + 1.2)
-            if dx * dx + dz * dz < (RADIUS + CRATE * math.sqrt(2.0)) ** 2:
-                free = False
-        if free:
+        if _free(scene, x, z, one.doors):
             one.x, one.z = x, z
     else:
-        for door in range(scene.doors.shape[0]):
-            if segment_distance2(one.x, one.z, scene.doors[door]) < REACH * REACH:
-                one.doors |= 1 << door
+        one.doors = _opened(scene, one.x, one.z, one.doors)
     one.steps += 1
-    dx, dz = one.x - 1.2, one.z - (3.0 * (OFFICES - 1 - one.goal) + 1.2)
-    return dx * dx + dz * dz < NEAR * NEAR
+    return _near(one.x, one.z, one.goal)
 
 
 @numba.njit(cache=True)
@@ -617,3 +646,172 @@ def advance(
             truncated[index] = one.steps >= horizon and not terminated[index]
             one.running = 0 if terminated[index] or truncated[index] else 1
         _picture(frames[index], one, scenes[one.layout], textures, signs, looks, crates)
+
+
+# ---------------------------------------------------------------------------------------------------- the sign's pixels
+
+
+@numba.njit(cache=True)
+def sign_views(frames, one, scene, textures, signs, looks, crate_textures):
+    """What would be seen with each of the signs: frames [signs, height, width, 3] are written."""
+    phrase = one.phrase
+    for index in range(frames.shape[0]):
+        one.phrase = index
+        _picture(frames[index], one, scene, textures, signs, looks, crate_textures)
+    one.phrase = phrase
+
+
+@numba.njit(cache=True)
+def contrast(frames, meanings):
+    """By how many pixels at least two signs of different meanings differ; green by ``CONTRAST`` makes a difference.
+
+    Args:
+        frames: Of ``sign_views``.
+        meanings: [signs] what each sign means; an integer.
+    """
+    least = frames.shape[1] * frames.shape[2]
+    for one in range(frames.shape[0]):
+        for two in range(one):
+            if meanings[one] == meanings[two]:
+                continue
+            count = 0
+            for row in range(frames.shape[1]):
+                for column in range(frames.shape[2]):
+                    count += abs(int(frames[one, row, column, 1]) - int(frames[two, row, column, 1])) >= CONTRAST
+                if count >= least:
+                    break
+            least = min(least, count)
+    return least
+
+
+@numba.njit(cache=True)
+def contrasts(counts, state, which, scenes, textures, signs, looks, crate_textures, meanings):
+    """``contrast`` of the environments for which ``which`` is true, 0 of the others: counts [n] are written."""
+    frames = np.empty((signs.shape[0], HEIGHT, WIDTH, 3), np.uint8)
+    for index in range(state.shape[0]):
+        one = state[index]
+        counts[index] = 0
+        if which[index] and may_see_sign(one.x, one.heading, one.doors):
+            sign_views(frames, one, scenes[one.layout], textures, signs, looks, crate_textures)
+            counts[index] = contrast(frames, meanings)
+
+
+@numba.njit(cache=True)
+def may_see_sign(x, heading, open_doors):
+    """False where the sign cannot be in the frame: the door to it is shut, or the agent looks away; x > 8 at least."""
+    return x > 8.0 and math.cos(heading) > 0.1 and (open_doors >> OFFICES) & 1 == 1
+
+
+# ---------------------------------------------------------------------------------------------------- ways
+
+
+@numba.njit(cache=True)
+def sees_box(scene, x, z, heading, open_doors, office):
+    """Whether an office's box is well in view from the middle room or the doorway.
+
+    Its door is open, its middle within 30 degrees of straight ahead, and the line to it clear of the doorway's edges by
+    0.15 m.
+    """
+    if not (open_doors >> office) & 1 or x > 7.0 or x < 2.4:
+        return False
+    away_x, away_z = x - 1.2, z - (3.0 * (OFFICES - 1 - office) + 1.2)
+    distance = math.sqrt(away_x * away_x + away_z * away_z)
+    if -away_x * math.cos(heading) + away_z * math.sin(heading) < distance * math.cos(math.pi / 6):
+        return False
+    clear = 0.5 * (scene.doors[office, 3] - scene.doors[office, 1]) - 0.15
+    for edge in (2.4, 3.4):
+        if x > edge and abs(away_z) * (edge - 1.2) > clear * away_x:
+            return False
+    return True
+
+
+@numba.njit(cache=True)
+def way(actions, pose, scene, one, seek, which, relevant, least, visited, stamp, memo, scenes_tables, meanings):
+    """The shortest sequence of actions from where an environment's agent is to what is sought, breadth first.
+
+    Places less than ``CELL`` apart with the same heading and relevant doors count as one, so that it can be longer than
+    the shortest by a little; its steps are exact, whatever the cells.
+
+    Args:
+        actions: [most] int64, written; sequences that are longer are not looked for.
+        pose: [3] x, z and heading at the end; written.
+        scene: The building.
+        one: [1] state of the environment; x, z, heading, doors and look are read, and what it is set to meanwhile is
+            put back.
+        seek: ``TO_BOX``, ``TO_SIGN`` or ``TO_SIGHT``.
+        which: The office of ``TO_BOX``; a bit for each office of which one must be seen, of ``TO_SIGHT``.
+        relevant: A bit for each door that may be opened on the way.
+        least: The contrast from which a sign counts as legible, of ``TO_SIGN``.
+        visited: int32 ``VISITED``; entries are ``stamp`` where this search has been.
+        stamp: Differs from those of all searches before.
+        memo: int16 ``MEMO`` of this building: the contrast at the middle of a cell, -1 where not known yet.
+        scenes_tables: textures, signs, looks and textures of boxes, as ``pictures`` has them.
+        meanings: See ``contrast``.
+
+    Returns:
+        The number of actions; -1 if there is no way.
+    """
+    textures, signs, looks, crate_textures = scenes_tables
+    most, limit = len(actions), 400_000
+    xs, zs, doors = np.empty(limit), np.empty(limit), np.empty(limit, np.int64)
+    turns, depths = np.empty(limit, np.int64), np.empty(limit, np.int64)
+    parents, taken = np.empty(limit, np.int64), np.empty(limit, np.int64)
+    x0, z0, heading0, doors0 = one[0].x, one[0].z, one[0].heading, one[0].doors
+    frames = np.empty((signs.shape[0] if seek == TO_SIGN else 0, HEIGHT, WIDTH, 3), np.uint8)
+    xs[0], zs[0], doors[0], turns[0], depths[0], parents[0] = x0, z0, doors0, 0, 0, -1
+    end, node, found = 1, 0, -1
+    while node < end:
+        x, z, open_doors, heading = xs[node], zs[node], doors[node], heading0 + turns[node] * TURN
+        if seek == TO_BOX:
+            done = _near(x, z, which)
+        elif seek == TO_SIGHT:
+            done = False
+            for office in range(OFFICES):
+                if (which >> office) & 1 and sees_box(scene, x, z, heading, open_doors, office):
+                    done = True
+        else:
+            done = False
+            if may_see_sign(x, heading, open_doors) and math.cos(heading) > 0.5:
+                bins = memo.shape[2]
+                part = heading / (2 * math.pi)
+                at_x, at_z, at_turn = int(x / CELL), int(z / CELL), int((part - math.floor(part)) * bins) % bins
+                if memo[at_x, at_z, at_turn] < 0:
+                    one[0].x, one[0].z = (at_x + 0.5) * CELL, (at_z + 0.5) * CELL
+                    one[0].heading, one[0].doors = (at_turn + 0.5) / bins * 2 * math.pi, 1 << OFFICES
+                    sign_views(frames, one[0], scene, textures, signs, looks, crate_textures)
+                    memo[at_x, at_z, at_turn] = contrast(frames, meanings)
+                done = memo[at_x, at_z, at_turn] >= least
+        if done:
+            found = node
+            break
+        if depths[node] < most and end + 4 <= limit:
+            for action in range(4):
+                new_x, new_z, new_doors, turn = x, z, open_doors, turns[node]
+                if action == LEFT:
+                    turn = (turn + 1) % 12
+                elif action == RIGHT:
+                    turn = (turn + 11) % 12
+                elif action == FORWARD:
+                    new_x, new_z = x + STRIDE * math.cos(heading), z - STRIDE * math.sin(heading)
+                    if not _free(scene, new_x, new_z, open_doors):
+                        continue
+                else:
+                    new_doors = _opened(scene, x, z, open_doors)
+                    if (new_doors & relevant) == (open_doors & relevant):
+                        continue
+                key_x, key_z, key = int(new_x / CELL), int(new_z / CELL), new_doors & relevant
+                if visited[key_x, key_z, turn, key] != stamp:
+                    visited[key_x, key_z, turn, key] = stamp
+                    xs[end], zs[end], doors[end], turns[end] = new_x, new_z, new_doors, turn
+                    depths[end], parents[end], taken[end] = depths[node] + 1, node, action
+                    end += 1
+        node += 1
+    one[0].x, one[0].z, one[0].heading, one[0].doors = x0, z0, heading0, doors0
+    if found < 0:
+        return -1
+    pose[0], pose[1], pose[2] = xs[found], zs[found], heading0 + turns[found] * TURN
+    length = depths[found]
+    while parents[found] >= 0:
+        actions[depths[found] - 1] = taken[found]
+        found = parents[found]
+    return length

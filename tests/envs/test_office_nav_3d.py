@@ -24,11 +24,11 @@ NUM_ENVS = 6
 
 def put(env, x, z, heading, doors=0, **fields):
     """Puts the agent somewhere and returns what it sees."""
-    state = env._trials.state
+    state = env.trials.state
     for name, value in {"x": x, "z": z, "heading": heading, "doors": doors, **fields}.items():
         state[name][0] = value
     frame = np.zeros((1, 60, 80, 3), np.uint8)
-    env._trials.draw(frame, np.ones(1, bool))
+    env.trials.draw(frame, np.ones(1, bool))
     return frame[0]
 
 
@@ -84,12 +84,12 @@ def test_vector_plays_what_single_ones_play(mode):
     for number in range(600):
         actions = rng.choice(4, size=NUM_ENVS, p=(0.15, 0.15, 0.5, 0.2))
         if number % 40 == 0:  # to make some reach the goal: before an open door of the goal's office
-            for trials in (vector._trials, *(single._trials for single in singles)):
+            for trials in (vector.trials, *(single.trials for single in singles)):
                 trials.state["x"], trials.state["heading"], trials.state["doors"] = 3.9, math.pi, 31
                 trials.state["z"] = 3.0 * (3 - trials.state["goal"]) + 1.2
             actions[:] = FORWARD
         if mode == AutoresetMode.DISABLED and over.any():
-            with pytest.raises(gym.error.ResetNeeded, match="reset"):
+            with pytest.raises(UserError, match="its episode has ended; call reset"):
                 vector.step(actions)
             frames, infos = vector.reset(options={"reset_mask": over})
             for index in np.flatnonzero(over):
@@ -181,8 +181,8 @@ def test_pickles_go_on_where_they_were_in_other_processes_too(method):
         (lambda env: env.reset(options={"split": "validation"}), "train, test, phrases, layout, style"),
         (lambda env: env.reset(options={"taskid": 1}), "task_id, split, new_trial"),
         (lambda env: env.reset(options={"new_trial": 1}), "True or False"),
-        (lambda env: env.reset(seed=-1), "at least 0"),
-        (lambda env: OfficeNav3DVectorEnv(2).reset(options={"task_id": [1, 2, 3]}), "3 entries"),
+        (lambda env: env.reset(seed=-1), "non-negative integer"),
+        (lambda env: OfficeNav3DVectorEnv(2).reset(options={"task_id": [1, 2, 3]}), "one for each environment"),
         (lambda env: env.step(4), "0 left, 1 right, 2 forward, 3 open"),
         (lambda env: env.step(-1), "0 left"),
         (lambda env: env.step(0.5), "0 left"),
@@ -195,8 +195,8 @@ def test_pickles_go_on_where_they_were_in_other_processes_too(method):
         (lambda env: OfficeNav3DEnv(render_mode="human"), "rgb_array"),
         (lambda env: OfficeNav3DVectorEnv(0), "at least one"),
         (lambda env: OfficeNav3DVectorEnv(2, autoreset_mode="never"), "next_step"),
-        (lambda env: OfficeNav3DVectorEnv(2).reset(seed=[1]), "1 seeds; 2"),
-        (lambda env: OfficeNav3DVectorEnv(2).reset(options={"reset_mask": np.zeros(2, bool)}), "at least one True"),
+        (lambda env: OfficeNav3DVectorEnv(2).reset(seed=[1]), "1 seeds for 2"),
+        (lambda env: OfficeNav3DVectorEnv(2).reset(options={"reset_mask": np.zeros(2, bool)}), "a True in it"),
         (lambda env: OfficeNav3DVectorEnv(2).step(np.zeros(3, int)), "integers are due"),
         (lambda env: OfficeNav3DVectorEnv(2).step(np.array([0, 9])), "0 left"),
     ],
@@ -207,15 +207,20 @@ def test_bad_input(env, call, message):
 
 
 def test_steps_need_an_episode(env):
-    with pytest.raises(gym.error.ResetNeeded):
+    """The same words as in 2D; gym.make's own wrapper is the first to speak before the first reset."""
+    with pytest.raises(UserError, match="step before reset; call reset"):
         OfficeNav3DEnv().step(0)
-    with pytest.raises(gym.error.ResetNeeded):
+    with pytest.raises(UserError, match="step before reset; call reset"):
         OfficeNav3DVectorEnv(2).step(np.zeros(2, int))
     for number in range(30):
         truncated = env.step(LEFT)[3]
         assert truncated == (number == 29)
-    with pytest.raises(gym.error.ResetNeeded):
-        env.step(LEFT)
+    for env_id, options in (("OfficeNav3D-v0", {"horizon": 1}), ("OfficeNav-Symbolic-v0", {"horizon": 1})):
+        made = gym.make(env_id, disable_env_checker=True, **options)
+        made.reset(seed=0)
+        assert made.step(LEFT)[3]
+        with pytest.raises(UserError, match="the episode has ended; call reset\\(\\) before the next step"):
+            made.step(LEFT)
 
 
 # ------------------------------------------------------------------------------------------------ trials and splits
@@ -246,13 +251,13 @@ def test_trials():
     vector = OfficeNav3DVectorEnv(3)
     infos = vector.reset(seed=9, options={"task_id": [3, 201, 5], "split": ["train", "style", None]})[1]
     assert infos["task_id"].tolist() == [3, 201, 5]
-    assert vector._trials.state["look"].tolist() == [0, 60, 1]
+    assert vector.trials.state["look"].tolist() == [0, 60, 1]
 
 
 def test_start_is_in_the_released_region_and_uniform():
     vector = OfficeNav3DVectorEnv(2000)
     vector.reset(seed=0)
-    state = vector._trials.state
+    state = vector.trials.state
     for name, low, high in (("x", 6, 9), ("z", 4, 6), ("heading", 0, 2 * math.pi)):
         places = (state[name] - low) / (high - low)
         assert places.min() >= 0 and places.max() <= 1
@@ -273,8 +278,8 @@ def test_splits_are_disjoint():
         ids[split] = set(infos["task_id"].tolist())
         phrases[split] = {PHRASES[index][0] for index in infos["phrase_id"]}
         assert (np.array([goal for _, goal in PHRASES])[infos["phrase_id"]] == infos["goal"]).all()
-        assert (vector._trials.state["layout"] == (split == "layout")).all()
-        assert ((vector._trials.state["look"] >= 60) == (split == "style")).all()
+        assert (vector.trials.state["layout"] == (split == "layout")).all()
+        assert ((vector.trials.state["look"] >= 60) == (split == "style")).all()
     assert ids["train"] == set(range(200)) and ids["test"] == ids["style"] == ids["layout"] == set(range(200, 240))
     assert ids["phrases"] == {202 + 4 * n for n in range(10)}
     assert phrases.pop("phrases") == {HELD_OUT}
@@ -286,7 +291,7 @@ def test_phrases_as_released():
     vector = OfficeNav3DVectorEnv(6000, released=True)
     infos = vector.reset(seed=0)[1]
     assert set(infos["goal"]) == {0, 1, 2} and (infos["goal"] == infos["task_id"]).all()
-    assert (vector._trials.state["look"] == 0).all()
+    assert (vector.trials.state["look"] == 0).all()
     shares = {PHRASES[index][0]: (infos["phrase_id"] == index).mean() * 3 for index in range(len(PHRASES))}
     expected = {"first room": 0.5, "left of second room": 0.5, "second room": 0.5, "right of first room": 0.25}
     expected |= {"left of third room": 0.25, "third room": 0.5, "right of second room": 0.25}
@@ -323,7 +328,7 @@ def test_nothing_is_walked_through(env):
     scene = env3d.world().scenes[0]
     for _ in range(150):
         vector.step(rng.choice(4, size=400, p=(0.15, 0.1, 0.65, 0.1)))
-        state = vector._trials.state
+        state = vector.trials.state
         for x0, z0, x1, z1 in scene.walls:
             apart = np.hypot(state["x"] - np.clip(state["x"], x0, x1), state["z"] - np.clip(state["z"], z0, z1))
             assert apart.min() >= 0.4 - 1e-8
@@ -379,15 +384,15 @@ def test_doors_block_until_opened_and_close_again(env):
     put(env, 4.5, z, math.pi)
     opened = env.step(OPEN)[0]
     assert np.abs(opened.astype(int) - shut).mean() > 10
-    assert env._trials.state["doors"][0] == 2
+    assert env.trials.state["doors"][0] == 2
     for _ in range(2):
         env.step(FORWARD)
     assert env.pose[0] == pytest.approx(3.1)
     env.reset()
-    assert env._trials.state["doors"][0] == 0
+    assert env.trials.state["doors"][0] == 0
     put(env, 7.0, z, math.pi)
     env.step(OPEN)
-    assert env._trials.state["doors"][0] == 0  # too far
+    assert env.trials.state["doors"][0] == 0  # too far
 
 
 def shortest(scene, pose, reached):
@@ -414,7 +419,7 @@ def test_thirty_steps_do_for_the_sign_and_for_each_office(split, door):
     """Reading in the first episode, walking in the second: each needs one more step, to open the door."""
     env = OfficeNav3DEnv(split=split)
     env.reset(seed=2)
-    scene = env3d.world().scenes[env._trials.state["layout"][0]]
+    scene = env3d.world().scenes[env.trials.state["layout"][0]]
     assert shortest(scene, env.pose, lambda x, z: x > 11.5 and abs(z - door) < 1.5) < 25
     for office in range(4):
         x0, z0 = env3d.office_centre(office)
@@ -497,7 +502,7 @@ def test_pixels_stand_where_geometry_says(env):
 def test_no_pixel_is_left_out(env):
     """Frames drawn onto black and onto white are the same, from everywhere that one can stand, on both floor plans."""
     rng = np.random.default_rng(0)
-    trials = OfficeNav3DVectorEnv(3000)._trials
+    trials = OfficeNav3DVectorEnv(3000).trials
     trials.begin(np.ones(3000, bool))
     trials.state["layout"], trials.state["look"] = np.arange(3000) % 2, rng.integers(70, size=3000)
     trials.state["doors"], trials.state["heading"] = rng.integers(32, size=3000), rng.uniform(0, 7, 3000)
