@@ -523,8 +523,13 @@ class Reader:
         Args:
             sign: uint8 ``[84, 84, 3]``.
         """
-        known = self._cells.get(np.ascontiguousarray(sign).tobytes())
-        return self._picture(sign) if known is None else known
+        key = np.ascontiguousarray(sign).tobytes()
+        known = self._cells.get(key)
+        if known is None:
+            known = self._picture(sign)
+            if known < 0:  # it is shown again as long as the agent stands there
+                self._cells[key] = known
+        return known
 
     def _picture(self, sign: np.ndarray) -> int:
         styles = self._styles

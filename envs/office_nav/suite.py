@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from fleetgym.core.errors import UserError
@@ -44,6 +45,8 @@ def expert(task: str, episodes: int = 1, split: str = "train") -> Policy:
         UserError: The task has no such split.
     """
     if task == ID_3D:
+        if find_spec("fleetgym.envs.office_nav.reference3d") is None:
+            raise UserError(f"{ID_3D} has no expert; pass a policy")
         from fleetgym.envs.office_nav.reference3d import OracleReader3D
 
         return OracleReader3D(episodes=episodes)
