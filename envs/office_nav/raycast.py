@@ -744,7 +744,8 @@ def way(actions, pose, scene, one, seek, which, relevant, least, visited, stamp,
         least: The contrast from which a sign counts as legible, of ``TO_SIGN``.
         visited: int32 ``VISITED``; entries are ``stamp`` where this search has been.
         stamp: Differs from those of all searches before.
-        memo: int16 ``MEMO`` of this building: the contrast at the middle of a cell, -1 where not known yet.
+        memo: int16 ``MEMO`` of this building: the contrast at the middle of a cell, -1 where not known yet. It only
+            spares the exact one where there is little.
         scenes_tables: textures, signs, looks and textures of boxes, as ``pictures`` has them.
         meanings: See ``contrast``.
 
@@ -780,7 +781,10 @@ def way(actions, pose, scene, one, seek, which, relevant, least, visited, stamp,
                     one[0].heading, one[0].doors = (at_turn + 0.5) / bins * 2 * math.pi, 1 << OFFICES
                     sign_views(frames, one[0], scene, textures, signs, looks, crate_textures)
                     memo[at_x, at_z, at_turn] = contrast(frames, meanings)
-                done = memo[at_x, at_z, at_turn] >= least
+                if memo[at_x, at_z, at_turn] >= 0.85 * least:
+                    one[0].x, one[0].z, one[0].heading, one[0].doors = x, z, heading, open_doors
+                    sign_views(frames, one[0], scene, textures, signs, looks, crate_textures)
+                    done = contrast(frames, meanings) >= least
         if done:
             found = node
             break
