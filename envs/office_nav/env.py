@@ -85,9 +85,9 @@ class OfficeNavEnv(gym.Env):
       otherwise;
     - `new_trial`: True begins a trial, False insists on going on with the present one.
 
-    `info` has `trial`, `episode` (from 1), `task_id` (the building), `phrase` (what the sign says, or the style of a
-    picture), `phrase_id`, `goal` (the office that the sign names, the nearest blue one: row * columns + column) and
-    `success`. All but `episode` would help an agent to cheat.
+    `info` has `trial` and `episode_index` (both from 0), `task_id` (the building), `phrase` (what the sign says, or the
+    style of a picture), `phrase_id`, `goal` (the office that the sign names, the nearest blue one: row * columns +
+    column) and `success`. All but `episode_index` would help an agent to cheat.
 
     ## Splits
 
@@ -164,7 +164,7 @@ class OfficeNavEnv(gym.Env):
         words = flat.view(np.uint64) if self._rgb else self._nothing
         sign_words, drawn = sign.reshape(1, -1).view(np.uint64), np.full(1, -1)
         kernels.observe(rows.sights, rows.state, flat, words, self._rgb, sign_words, drawn, self._on_sign)
-        info: dict[str, Any] = dict(zip(kernels.INFO, rows.state[: len(kernels.INFO), 0].tolist()))
+        info: dict[str, Any] = dict(zip(kernels.INFO, rows.info()[:, 0].tolist()))
         info["phrase"], info["success"] = rows.phrase(0), bool(info["success"])
         return {"image": image, "sign": sign, "on_sign": self._on_sign[0]}, info
 

@@ -579,7 +579,7 @@ class OfficeNav3DEnv(gym.Env):
     the present one and is an error where that cannot be) and `phrase`: what the sign says from this episode on,
     whatever is true, until a seed or another phrase is given; `""` leaves it blank.
 
-    `info` has `trial` (from 0), `episode` (1 or 2), `task_id`, `phrase`, `phrase_id` (its place among
+    `info` has `trial` and `episode_index` (both from 0), `task_id`, `phrase`, `phrase_id` (its place among
     `env3d.TEXTS`), `goal` (the office, from 0) and `success`.
 
     ## Tasks and splits
@@ -683,7 +683,7 @@ class OfficeNav3DEnv(gym.Env):
         one = self.trials.state[0]
         return {
             "trial": int(one["trial"]),
-            "episode": int(one["episode"]),
+            "episode_index": int(one["episode"]) - 1,
             "task_id": int(one["task"]),
             "phrase": TEXTS[one["phrase"]],
             "phrase_id": int(one["phrase"]),
@@ -835,7 +835,7 @@ class OfficeNav3DVectorEnv(VectorEnv):
     def _infos(self, which: np.ndarray, success: np.ndarray) -> dict[str, Any]:
         state, infos = self.trials.state, {}
         for name, entry in _INFO.items():
-            infos[name] = np.where(which, state[entry], 0)
+            infos[name] = np.where(which, state[entry] - (entry == "episode"), 0)  # an index, from 0
             infos[f"_{name}"] = which.copy()
         return infos | {"success": success & which, "_success": which.copy()}
 
@@ -858,4 +858,4 @@ class OfficeNav3DVectorEnv(VectorEnv):
         return tuple(draw(index) for index in range(self.num_envs))
 
 
-_INFO = {"trial": "trial", "episode": "episode", "task_id": "task", "phrase_id": "phrase", "goal": "goal"}
+_INFO = {"trial": "trial", "episode_index": "episode", "task_id": "task", "phrase_id": "phrase", "goal": "goal"}

@@ -29,7 +29,7 @@ STATE = ("TRIAL", "EPISODE", "TASK", "SHOWN", "OFFICE", "SUCCESS", "X", "Y", "DI
 STATE = (*STATE, "SEED", "DONE", "DOORS")
 TRIAL, EPISODE, TASK, SHOWN, OFFICE, SUCCESS, X, Y, DIR, STEP, LAYOUT, SPLIT, SERIAL, SEED, DONE, DOORS = range(16)
 #: The names of those six in ``info``.
-INFO = ("trial", "episode", "task_id", "phrase_id", "goal", "success")
+INFO = ("trial", "episode_index", "task_id", "phrase_id", "goal", "success")
 
 VIEW = 7
 CODE_WALL, CODE_EMPTY, CODE_SIGN, CODE_DOOR, CODE_OFFICE = 0, 1, 2, 3, 3 + MAX_OFFICES
@@ -545,7 +545,7 @@ def _finish(w, sights, state, ended, rgb, spread):
             draw_sign(sights, state[LAYOUT, row], state[SHOWN, row], state[TASK, row], signs[place])
             place += 1
         for entry in range(len(INFO)):
-            info[entry, row if spread else out] = state[entry, row]
+            info[entry, row if spread else out] = state[entry, row] - (entry == EPISODE)  # an index, from 0
         _next_episode(w, state, row)
     return which, words.view(np.uint8) if rgb else image, on_sign, signs, info
 

@@ -14,7 +14,17 @@ from fleetgym.core.errors import UserError, unknown
 from fleetgym.envs.office_nav import kernels
 from fleetgym.envs.office_nav.torch_tensors import TensorRows
 from fleetgym.envs.office_nav.variants import Variant, resolve_variant, tables
-from fleetgym.envs.office_nav.vector import Resets, Rows, refuse, resolve_mask, resolve_reset, resolve_seeds
+from fleetgym.envs.office_nav.vector import (
+    Resets,
+    Rows,
+    refuse,
+    resolve_actions,
+    resolve_mask,
+    resolve_number,
+    resolve_options,
+    resolve_reset,
+    resolve_seeds,
+)
 
 Tensor = torch.Tensor
 _MODES = {"same_step": kernels.SAME_STEP, "next_step": kernels.NEXT_STEP, "disabled": kernels.DISABLED}
@@ -59,7 +69,7 @@ class _KernelRows:
         self.rows.apply(resets, draw_seed)
         on_sign = np.empty(len(self._image), np.int64)
         kernels.observe(self.rows.sights, self.rows.state, *self._arrays, on_sign)
-        return self._seen(on_sign), self._info(self.rows.state[: len(kernels.INFO)].copy())
+        return self._seen(on_sign), self._info(self.rows.info())
 
     def step(self, actions: Tensor) -> tuple[dict[str, Tensor], Tensor, Tensor, Tensor, dict[str, Any]]:
         """See ``TensorRows.step``."""
@@ -81,7 +91,7 @@ class _KernelRows:
         )
         if ended < 0:
             refuse(rows.variant, ended, actions.numpy())
-        info: dict[str, Any] = self._info(rows.state[: len(kernels.INFO)].copy())
+        info: dict[str, Any] = self._info(rows.info())
         if self.mode == kernels.SAME_STEP and self.final_obs:
             info |= self._last(*last)
         reward, ends = torch.from_numpy(rewards).float(), (torch.from_numpy(terminated), torch.from_numpy(truncated))
@@ -173,8 +183,7 @@ class TorchOfficeNav:
         check: bool | None = None,
         **changes: Any,
     ) -> None:
-        if isinstance(num_envs, bool) or not isinstance(num_envs, (int, np.integer)) or num_envs < 1:
-            raise UserError(f"num_envs {num_envs!r}: it is an integer of at least 1")
+        self.num_envs = resolve_number(num_envs)
         if autoreset not in _MODES:
             raise unknown("autoreset", autoreset, _MODES)
         if sign not in ("pixels", "index"):
@@ -192,7 +201,7 @@ class TorchOfficeNav:
             raise UserError(
                 f"backend 'kernels' works on the CPU, not on {self.device}; leave it out, or take 'tensors'"
             )
-        self.num_envs, self.autoreset, self.sign = int(num_envs), autoreset, sign
+        self.autoreset, self.sign = autoreset, sign
         self.variant = resolve_variant(variant, changes)
         if sign == "index" and self.variant.sign != "text":
             raise UserError("sign 'index' is for signs of text; a picture shows the building, so take sign='pixels'")
@@ -236,7 +245,8 @@ class TorchOfficeNav:
             UserError: See ``OfficeNavVectorEnv.reset``. Nothing has been reset then.
         """
         options = {
-            key: value.cpu().numpy() if isinstance(value, Tensor) else value for key, value in (options or {}).items()
+            key: value.cpu().numpy() if isinstance(value, Tensor) else value
+            for key, value in resolve_options(options).items()
         }
         seeds = resolve_seeds(seed, self.num_envs)
         mask = resolve_mask(options.pop("reset_mask", None), self._started)
@@ -258,7 +268,7 @@ class TorchOfficeNav:
         Returns:
             Observation, reward (float32 ``[B]``), terminated and truncated (bool ``[B]``), info. The tensors ``image``
             and ``sign``, those of ``final_obs`` too, are written again by the next step: clone what you keep. Info has
-            ``trial``, ``episode``, ``task_id``, ``phrase_id``, ``goal`` and ``success``, ``[B]``; with ``"same_step"``
+            ``trial``, ``episode_index``, ``task_id``, ``phrase_id``, ``goal`` and ``success``, ``[B]``; with ``"same_step"``
             and ``final_obs`` also ``final_rows`` (int64 ``[ended]``), ``final_obs`` and ``final_info`` of those rows.
 
         Raises:
@@ -267,10 +277,10 @@ class TorchOfficeNav:
         """
         if not self._started.all():
             raise UserError("step before reset: call reset(seed) first")
-        actions = torch.as_tensor(actions, device=self.device)
+        if not isinstance(actions, Tensor):
+            actions = torch.from_numpy(resolve_actions(actions, self.num_envs, self.variant.actions))
         if actions.shape != (self.num_envs,) or actions.is_floating_point() or actions.dtype == torch.bool:
             raise UserError(
                 f"actions of shape {tuple(actions.shape)} and type {actions.dtype}: they are integers [{self.num_envs}]"
             )
-        actions = actions.long().contiguous()
-        return self._rows.step(actions.long().contiguous())
+        return self._rows.step(actions.to(self.device, torch.int64).contiguous())

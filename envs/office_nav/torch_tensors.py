@@ -291,7 +291,7 @@ class TensorRows:
 
     def _info(self, rows: Tensor | None = None) -> dict[str, Tensor]:
         """Trial and so on as they are now; of some rows, or of all."""
-        values = (self.trial, self.episode, self.task, self.shown, self.goal, self.success)
+        values = (self.trial, self.episode - 1, self.task, self.shown, self.goal, self.success)
         return {key: value.clone() if rows is None else value[rows] for key, value in zip(kernels.INFO, values)}
 
     # -- What is seen

@@ -12,7 +12,7 @@ from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 
 from fleetgym.core.errors import UserError, unknown
-from fleetgym.envs.office_nav import drawing, kernels
+from fleetgym.envs.office_nav import drawing, kernels, tiles
 from fleetgym.envs.office_nav.variants import Tables, Variant, resolve_variant, tables
 
 _MODES = {
@@ -25,9 +25,11 @@ _OPTIONS = ("task_id", "split", "new_trial")
 
 def observation_space(variant: Variant) -> spaces.Dict:
     """What one environment of a variant observes."""
+    # Symbols end where they end: what goes up to 255 is taken for a photograph by Stable-Baselines3.
+    most = 255 if variant.view == "rgb" else int(tiles.SYMBOLS.max())
     return spaces.Dict(
         {
-            "image": spaces.Box(0, 255, variant.image_shape, np.uint8),
+            "image": spaces.Box(0, most, variant.image_shape, np.uint8),
             "sign": spaces.Box(0, 255, (84, 84, 3), np.uint8),
             "on_sign": spaces.Discrete(2),
         }
@@ -46,6 +48,28 @@ def resolve_autoreset_mode(mode: AutoresetMode | str) -> AutoresetMode:
     if str(mode).lower() not in modes:
         raise unknown("autoreset mode", mode, [mode.name.lower() for mode in AutoresetMode])
     return modes[str(mode).lower()]
+
+
+def resolve_number(num_envs: Any) -> int:
+    """How many environments.
+
+    Raises:
+        UserError: Not an integer, below 1 or beyond what an array can hold.
+    """
+    if isinstance(num_envs, bool) or not isinstance(num_envs, (int, np.integer)) or not 1 <= num_envs < 1 << 31:
+        raise UserError(f"num_envs is {num_envs!r}; it is an integer from 1 to {(1 << 31) - 1}")
+    return int(num_envs)
+
+
+def resolve_options(options: Any) -> dict[str, Any]:
+    """The options of a reset as a new dict.
+
+    Raises:
+        UserError: Not a mapping.
+    """
+    if options is not None and not isinstance(options, Mapping):
+        raise UserError(f"options {options!r}: give a dict with any of {', '.join(_OPTIONS)}")
+    return dict(options or {})
 
 
 @dataclass(frozen=True)
@@ -82,10 +106,30 @@ def resolve_seeds(seed: Any, number: int) -> list[Any]:
     if seed is None or isinstance(seed, (int, np.integer)):
         plain = seed is None or seed < 0 or isinstance(seed, bool)  # what is no seed is refused later on
         return [seed if plain else int(seed) + i for i in range(number)]
+    if np.ndim(seed) != 1 or isinstance(seed, (str, bytes)):
+        return [seed] * number  # refused as well
     seeds = list(seed)
     if len(seeds) != number:
         raise UserError(f"{len(seeds)} seeds for {number} environments; give one each, or one integer")
     return seeds
+
+
+def resolve_actions(actions: Any, number: int, names: Sequence[str]) -> np.ndarray:
+    """Actions as contiguous int64 [number]; whether they exist is not looked at.
+
+    Raises:
+        UserError: They are no integers, or not as many as environments.
+    """
+    try:
+        array = np.asarray(actions)
+    except ValueError:  # rows of different lengths
+        array = np.empty(0, object)
+    if array.shape != (number,) or array.dtype.kind not in "iu":
+        raise UserError(
+            f"actions are {array.dtype} of shape {array.shape}; give {number} integers from 0 to {len(names) - 1} "
+            f"({', '.join(names)})"
+        )
+    return np.ascontiguousarray(array, np.int64)
 
 
 def resolve_mask(mask: Any, started: np.ndarray) -> np.ndarray:
@@ -131,7 +175,7 @@ def resolve_reset(
         UserError: Unknown option or split, an impossible task id or seed, or options that contradict each other.
     """
     number = len(mask)
-    options = dict(options or {})
+    options = resolve_options(options)
     for key in options:
         if key not in _OPTIONS:
             raise UserError(f"reset option {key!r}: the options are {', '.join(_OPTIONS)}")
@@ -258,6 +302,12 @@ class Rows:
         kernels.reset(self.rules, self.state, resets.mask, resets.fresh, resets.split, resets.task)
         self.started |= resets.mask
 
+    def info(self) -> np.ndarray:
+        """What ``kernels.INFO`` names, of every row, int64 [6, number]; a new array."""
+        info = self.state[: len(kernels.INFO)].copy()
+        info[kernels.EPISODE] -= 1  # the state counts the trial's episodes, the info has an index
+        return info
+
     def phrase(self, row: int) -> str:
         """What the row's sign says; for a picture, its style."""
         s = self.state[:, row]
@@ -287,7 +337,7 @@ class OfficeNavVectorEnv(VectorEnv):
     """``num_envs`` independent OfficeNav environments; row ``i`` is what ``OfficeNavEnv`` is with seed ``seed + i``.
 
     Observations, rewards, trials, ``reset`` and its options are those of ``OfficeNavEnv``; there, an option may also be
-    a sequence with one value for each environment. Infos are arrays over environments: ``trial``, ``episode``,
+    a sequence with one value for each environment. Infos are arrays over environments: ``trial``, ``episode_index``,
     ``task_id``, ``phrase_id`` (the number of the phrase in ``phrases`` or of the style), ``goal`` and ``success``.
 
     ``image`` and ``sign`` are written in place, in two sets of arrays in turn: what ``step`` returns stays as it is
@@ -327,8 +377,7 @@ class OfficeNavVectorEnv(VectorEnv):
         Raises:
             UserError: Anything of that is unknown or impossible; the message names what is allowed.
         """
-        if isinstance(num_envs, bool) or not isinstance(num_envs, (int, np.integer)) or num_envs < 1:
-            raise UserError(f"num_envs is {num_envs!r}; it is an integer of at least 1")
+        self.num_envs = resolve_number(num_envs)
         if render_mode is not None and render_mode not in self.metadata["render_modes"]:
             raise UserError(f"render_mode {render_mode!r}: it is None, {', '.join(self.metadata['render_modes'])}")
         if max_episode_steps is not None:
@@ -336,7 +385,7 @@ class OfficeNavVectorEnv(VectorEnv):
         self.variant = resolve_variant(variant, changes)
         self.autoreset_mode = resolve_autoreset_mode(autoreset_mode)
         self.metadata = {**self.metadata, "autoreset_mode": self.autoreset_mode}
-        self.num_envs, self.render_mode, self.copy = int(num_envs), render_mode, copy
+        self.render_mode, self.copy = render_mode, copy
         self.single_observation_space = observation_space(self.variant)
         self.single_action_space = spaces.Discrete(len(self.variant.actions))
         self.observation_space = batch_space(self.single_observation_space, self.num_envs)
@@ -386,8 +435,7 @@ class OfficeNavVectorEnv(VectorEnv):
         image, sign, _, _ = self._buffers[self._turn]
         if self.copy:
             image, sign = image.copy(), sign.copy()
-        info = self._rows.state[: len(kernels.INFO)].copy()
-        return {"image": image, "sign": sign, "on_sign": on_sign}, self._infos(info, self._all)
+        return {"image": image, "sign": sign, "on_sign": on_sign}, self._infos(self._rows.info(), self._all)
 
     def _infos(self, info: np.ndarray, mask: np.ndarray) -> dict[str, Any]:
         infos: dict[str, Any] = {}
@@ -408,7 +456,7 @@ class OfficeNavVectorEnv(VectorEnv):
         Raises:
             UserError: See ``OfficeNavEnv.reset``; or seeds or a mask of the wrong size.
         """
-        rows, options = self._rows, dict(options or {})
+        rows, options = self._rows, resolve_options(options)
         seeds = resolve_seeds(seed, self.num_envs)
         mask = resolve_mask(options.pop("reset_mask", None), rows.started)
         resets = resolve_reset(
@@ -436,15 +484,9 @@ class OfficeNavVectorEnv(VectorEnv):
                 whose episode has ended. Nothing has moved then.
         """
         rows, number = self._rows, self.num_envs
-        actions = np.asarray(actions)
-        if actions.shape != (number,) or actions.dtype.kind not in "iu":
-            raise UserError(
-                f"actions are {actions.dtype} of shape {actions.shape}; give {number} integers from 0 to "
-                f"{len(self.variant.actions) - 1} ({', '.join(self.variant.actions)})"
-            )
+        actions = resolve_actions(actions, number, self.variant.actions)
         if not rows.started.all():
             raise UserError("step before reset; call reset() first")
-        actions = np.ascontiguousarray(actions, np.int64)
         rewards, on_sign = np.empty(number), np.empty(number, np.int64)
         terminated, truncated = np.empty(number, bool), np.empty(number, bool)
         image, words, sign, drawn = self._turned()

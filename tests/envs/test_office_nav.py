@@ -180,7 +180,7 @@ def test_picture_is_the_composed_plan():
 def test_a_trial_is_two_episodes_in_one_building():
     env = OfficeNavEnv("OfficeNav-Symbolic-v0")
     told = [env.reset(seed=4)[1]] + [env.reset()[1] for _ in range(9)]
-    assert [(info["trial"], info["episode"]) for info in told] == [(t, e) for t in range(5) for e in (1, 2)]
+    assert [(info["trial"], info["episode_index"]) for info in told] == [(t, e) for t in range(5) for e in (0, 1)]
     for first, second in zip(told[::2], told[1::2]):
         assert first["task_id"] == second["task_id"] and first["goal"] == second["goal"]
     assert len({info["task_id"] for info in told}) > 3
@@ -198,16 +198,16 @@ def test_a_trial_is_two_episodes_in_one_building():
 def test_reset_options():
     env = OfficeNavEnv("OfficeNav-Symbolic-v0")
     _, info = env.reset(seed=1, options={"task_id": 17})
-    assert (info["task_id"], info["trial"], info["episode"]) == (17, 0, 1)
+    assert (info["task_id"], info["trial"], info["episode_index"]) == (17, 0, 0)
     assert env.reset()[1]["task_id"] == 17  # the trial goes on
     _, info = env.reset(options={"task_id": 1100})
-    assert (info["task_id"], info["trial"], info["episode"]) == (1100, 1, 1)
+    assert (info["task_id"], info["trial"], info["episode_index"]) == (1100, 1, 0)
     _, info = env.reset(options={"split": "test"})
     assert info["trial"] == 2 and info["task_id"] >= 1000
     later = [env.reset()[1]["task_id"] for _ in range(6)]
     assert min(later) >= 1000 and len(set(later)) > 2  # the split stays
-    assert env.reset(options={"new_trial": True})[1]["episode"] == 1
-    assert env.reset(options={"new_trial": False})[1]["episode"] == 2
+    assert env.reset(options={"new_trial": True})[1]["episode_index"] == 0
+    assert env.reset(options={"new_trial": False})[1]["episode_index"] == 1
     assert env.reset(seed=1)[1]["task_id"] < 1000  # until a seed
     _, info = env.reset(options={"split": "layout", "task_id": 1003})
     assert env._rows.state[kernels.LAYOUT, 0] == 1 and info["task_id"] == 1003
@@ -438,7 +438,7 @@ def test_vector_reset_options():
     _, info = envs.reset(options={"split": ["train", "test", "phrases", "layout"]})
     assert info["trial"].tolist() == [1] * 4 and (info["task_id"] >= 1000).tolist() == [False, True, True, True]
     _, info = envs.reset(options={"reset_mask": np.array([True, False, False, True])})
-    assert info["episode"].tolist() == [2, 1, 1, 2]
+    assert info["episode_index"].tolist() == [1, 0, 0, 1]
     same = OfficeNavEnv("OfficeNav-Symbolic-v0")
     assert same.reset(seed=6)[1]["task_id"] == envs.reset(seed=5)[1]["task_id"][1]
 
@@ -538,9 +538,24 @@ def test_gymnasium_s_wrappers(name, tmp_path):
     assert stacked.step(FORWARD)[0] in stacked.observation_space
     flat = gym.wrappers.FlattenObservation(gym.make(name))
     assert flat.reset(seed=0)[0] in flat.observation_space and flat.step(FORWARD)[0] in flat.observation_space
+    counted = gym.wrappers.RecordEpisodeStatistics(gym.make(name, horizon=4))
+    counted.reset(seed=0)
+    assert [counted.step(LEFT)[4] for _ in range(4)][-1]["episode"]["l"] == 4
+    many = gym.wrappers.vector.RecordEpisodeStatistics(gym.make_vec(name, num_envs=3, horizon=4))
+    many.reset(seed=0)
+    assert [many.step(np.zeros(3, int))[4] for _ in range(4)][-1]["episode"]["l"].tolist() == [4] * 3
     short = gym.make(name, max_episode_steps=5)
     short.reset(seed=0)
     assert [short.step(LEFT)[3] for _ in range(5)] == [False] * 4 + [True]
+
+
+def test_stable_baselines3_trains_on_it():
+    from stable_baselines3 import PPO
+
+    env = gym.make("OfficeNav-Symbolic-v0", horizon=8)
+    model = PPO("MultiInputPolicy", env, n_steps=16, batch_size=16, n_epochs=1, seed=0)
+    model.learn(32)
+    assert model.ep_info_buffer[-1]["l"] <= 8
 
 
 @pytest.mark.parametrize("name", VARIANTS)
@@ -602,7 +617,7 @@ def test_a_finished_trial_does_not_go_on():
     for seed, options in ((-1, None), (1.5, None), ("a", None), (True, None), (5, {"task_id": 1200})):
         with pytest.raises(UserError, match="seed" if options is None else "task_id 1200"):
             env.reset(seed=seed, options=options)
-    assert env.np_random.bit_generator.state == drawn and env.reset()[1]["episode"] == 2
+    assert env.np_random.bit_generator.state == drawn and env.reset()[1]["episode_index"] == 1
 
 
 @pytest.mark.parametrize("action", [4, -1, 1.0, "left", None, True, np.array([1, 2]), np.float32(1)])
@@ -622,7 +637,7 @@ def test_bad_actions_of_a_vector():
     with pytest.raises(UserError, match="reset"):
         envs.step(np.zeros(3, int))
     envs.reset(seed=0)
-    for actions in (np.zeros(2, int), np.zeros(3), np.zeros((3, 1), int), [[0], [0], [0]]):
+    for actions in (np.zeros(2, int), np.zeros(3), np.zeros((3, 1), int), [[0], [0], [0]], [[0], [1, 2]], None, "abc"):
         with pytest.raises(UserError, match="give 3 integers from 0 to 3"):
             envs.step(actions)
     with pytest.raises(UserError, match="action 4 of environment 1"):
@@ -639,6 +654,12 @@ def test_bad_actions_of_a_vector():
             envs.reset(options={"reset_mask": mask})
     with pytest.raises(UserError, match="2 seeds for 3"):
         envs.reset(seed=[1, 2])
+    for seed in (1.5, np.float64(2), np.bool_(True), np.array(3), "7"):
+        with pytest.raises(UserError, match="non-negative integer"):
+            envs.reset(seed=seed)
+    for make in (lambda: OfficeNavEnv(), lambda: envs, lambda: gym.make_vec("OfficeNav-v0", num_envs=2)):
+        with pytest.raises(UserError, match="give a dict with any of task_id, split, new_trial"):
+            make().reset(options=["split"])
 
 
 @pytest.mark.parametrize(
@@ -670,7 +691,7 @@ def test_bad_arguments(arguments, words):
 
 
 def test_bad_numbers_and_modes():
-    for number in (0, -1, 1.5, True):
+    for number in (0, -1, 1.5, True, 10**20):
         with pytest.raises(UserError, match="num_envs"):
             OfficeNavVectorEnv(number)
     with pytest.raises(UserError, match="same_step"):

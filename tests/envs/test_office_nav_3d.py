@@ -114,7 +114,7 @@ def test_vector_plays_what_single_ones_play(mode):
                 assert infos["final_info"]["success"][index] == info["success"] == outcome[1]
                 frame, info = single.reset()
             np.testing.assert_array_equal(frames[index], frame)
-            for key in ("trial", "episode", "task_id", "goal", "success"):
+            for key in ("trial", "episode_index", "task_id", "goal", "success"):
                 assert infos[key][index] == info[key] and infos[f"_{key}"][index], key
             assert PHRASES[infos["phrase_id"][index]][0] == info["phrase"]
         over = terminated | truncated
@@ -231,19 +231,19 @@ def test_trials():
     seen = []
     for number in range(8):
         _, info = env.reset(seed=9 if number == 0 else None)
-        seen.append((info["trial"], info["episode"], info["task_id"]))
+        seen.append((info["trial"], info["episode_index"], info["task_id"]))
         env.step(FORWARD)
-    assert [entry[:2] for entry in seen] == [(n // 2, 1 + n % 2) for n in range(8)]
+    assert [entry[:2] for entry in seen] == [(n // 2, n % 2) for n in range(8)]
     assert all(seen[n][2] == seen[n + 1][2] for n in range(0, 8, 2)) and len({entry[2] for entry in seen}) > 2
     with pytest.raises(UserError, match="new_trial"):
         env.reset(options={"new_trial": False})
     assert env.reset()[1]["trial"] == 4
     assert env.reset(options={"new_trial": True})[1]["trial"] == 5
     info = env.reset(options={"new_trial": False})[1]
-    assert (info["trial"], info["episode"]) == (5, 2)
+    assert (info["trial"], info["episode_index"]) == (5, 1)
     info = env.reset(options={"task_id": 201})[1]
-    assert (info["task_id"], info["goal"], info["episode"]) == (201, 1, 1)
-    assert env.reset()[1]["episode"] == 2
+    assert (info["task_id"], info["goal"], info["episode_index"]) == (201, 1, 0)
+    assert env.reset()[1]["episode_index"] == 1
     assert env.reset()[1]["task_id"] >= 200
     assert env.reset(seed=9)[1]["task_id"] == seen[0][2]
     assert env.reset(seed=9, options={"split": "style"})[1]["task_id"] >= 200

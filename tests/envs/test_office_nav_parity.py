@@ -453,7 +453,7 @@ def test_thousands_of_random_steps(name):
             assert observation["on_sign"][row] == twin.on_sign()
             assert observation["sign"][row].any() == twin.on_sign()
             read += twin.on_sign()
-            assert (info["trial"][row], info["episode"][row]) == trials[row]
+            assert (info["trial"][row], info["episode_index"][row] + 1) == trials[row]
             blue = [office for office, colour in enumerate(twin.colours.values()) if colour == "blue"]
             assert info["goal"][row] == min(blue, key=lambda office: np.ravel(STEPS[name])[office])
             assert cells[envs.phrases[info["phrase_id"][row]]] == {info["goal"][row]}

@@ -14,7 +14,7 @@ from fleetgym.envs.office_nav.torch_env import TorchOfficeNav
 from fleetgym.envs.office_nav.torch_tensors import bits
 from fleetgym.envs.office_nav.vector import OfficeNavVectorEnv
 
-INFO = ("trial", "episode", "task_id", "phrase_id", "goal", "success")
+INFO = ("trial", "episode_index", "task_id", "phrase_id", "goal", "success")
 
 
 def same_observation(theirs, ours):
@@ -219,8 +219,8 @@ def test_random_bits_are_those_of_the_others():
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: TorchOfficeNav(0), "num_envs 0: it is an integer of at least 1"),
-        (lambda: TorchOfficeNav(2.5), "num_envs 2.5"),
+        (lambda: TorchOfficeNav(0), "num_envs is 0; it is an integer from 1"),
+        (lambda: TorchOfficeNav(2.5), "num_envs is 2.5"),
         (lambda: TorchOfficeNav(2, variant="OfficeNav-v9"), "OfficeNav-v9.*OfficeNav-Symbolic-v0"),
         (lambda: TorchOfficeNav(2, "nonsense"), "device 'nonsense'"),
         (lambda: TorchOfficeNav(2, autoreset="never"), "autoreset 'never'.*same_step"),

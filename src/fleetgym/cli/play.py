@@ -158,7 +158,7 @@ def _play(
     total, steps, over, news = 0.0, 0, False, "Find the blue office; a sign tells where it is."
     while True:
         _show(env, observation, options.view, colour)
-        place = f"trial {info['trial']}, episode {info['episode']}, step {steps}, return {total:.2f}"
+        place = f"trial {info['trial']}, episode {info['episode_index'] + 1}, step {steps}, return {total:.2f}"
         print(f"{place}\n{news}\n{HELP}", flush=True)
         news = ""
         key = next(keys, "q").lower()
