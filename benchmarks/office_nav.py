@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -241,8 +240,9 @@ class Args:
         "OfficeNav-SingleGoal-v0",
         "OfficeNav-Map-v0",
         "OfficeNav-Released-v0",
+        "OfficeNav3D-v0",
     )
-    """Ids of OfficeNav, the 3D one among them."""
+    """Ids of OfficeNav."""
     policies: tuple[str, ...] = POLICIES
     """Reference policies: oracle, non_reader, random."""
     policy: Path | None = None
@@ -268,8 +268,6 @@ def _check(args: Args) -> None:
     if ID_3D in args.variants:
         from fleetgym.envs.office_nav.env3d import SPLITS
 
-        if find_spec("fleetgym.envs.office_nav.reference3d") is None:
-            raise UserError(f"--variants {ID_3D}: it has no reference policies; name others")
         if args.split not in SPLITS:
             raise unknown("split", args.split, SPLITS)
     for name in args.policies:

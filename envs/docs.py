@@ -27,6 +27,7 @@ FILMS = {
     "office_nav": (
         ("OfficeNav-v0", "--seed 3 --fps 5"),
         ("OfficeNav-Map-v0", "--seed 5 --fps 5"),
+        ("OfficeNav3D-v0", "--seed 1 --every 2 --fps 3 --shrink 2"),
     )
 }
 #: The section of a docstring before which all else is put.

@@ -52,6 +52,10 @@ def test_film_of_a_policy(words, tmp_path, capsys):
     assert "Slide-v0, seed 0: 10 steps" in out and "6 frames at 10 a second" in out
     with Image.open(tmp_path / "film.gif") as film:
         assert film.n_frames == 6 and film.size == (64, 24) and film.info["duration"] == 100
+    small = ["--steps", "4", "--shrink", "3", "--out", str(tmp_path / "small.gif")]
+    assert main([*words, *small]) == 0
+    with Image.open(tmp_path / "small.gif") as film:
+        assert film.size == (21, 8)
     assert main([*words, "--steps", "4", "--every", "1", "--fps", "30", "--out", str(tmp_path / "film.mp4")]) == 0
     assert (tmp_path / "film.mp4").stat().st_size > 500
 
@@ -72,6 +76,12 @@ def test_film_of_an_expert(tmp_path, capsys):
         assert film.n_frames == 5
         film.seek(4)
         assert np.asarray(film.convert("RGB")).std() > 10
+
+
+def test_film_in_three_dimensions(tmp_path, capsys):
+    assert main(["demo", "OfficeNav3D-v0", "--seed", "1", "--shrink", "4", "--out", str(tmp_path / "film.gif")]) == 0
+    line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("  episode 2"))
+    assert line.endswith(" steps, solved, return 1")
 
 
 @pytest.mark.parametrize(
@@ -103,6 +113,7 @@ def test_film_of_a_whole_trial_needs_no_opengl(tmp_path, capsys, monkeypatch, en
         (["--out", "film.avi"], "end the name in .gif or .mp4"),
         (["--steps", "0"], "--steps 0"),
         (["--every", "0"], "--every 0"),
+        (["--shrink", "0"], "--shrink 0"),
         (["--split", "test"], "--split test: Slide-v0 has no trials"),
     ],
 )

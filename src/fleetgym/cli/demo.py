@@ -39,6 +39,9 @@ class Options:
     every: int | None = None
     """Film one step in so many; by default each one of tasks that have trials, else every second."""
 
+    shrink: int = 1
+    """Make the film so many times smaller, along each side."""
+
     fps: float | None = None
     """Frames a second; by default those of the environment, at its own speed."""
 
@@ -58,7 +61,7 @@ class Options:
 def main(argv: Sequence[str]) -> int:
     """Films one episode, or one trial; 1 where nothing here can render."""
     options = parse(Options, argv, "demo")
-    for name in ("steps", "every"):
+    for name in ("steps", "every", "shrink"):
         value = getattr(options, name)
         if value is not None and value < 1:
             raise UserError(f"--{name} {value}: it must be at least 1")
@@ -112,9 +115,17 @@ def main(argv: Sequence[str]) -> int:
         )
         frames = episode.frames
         print(f"{target.name}, seed {options.seed}: {_outcome(episode.length, episode.success, episode.ret)}")
-    write_video(options.out, frames, fps[0])
+    write_video(options.out, [_shrunk(frame, options.shrink) for frame in frames], fps[0])
     print(f"{len(frames)} frames at {fps[0]:g} a second written to {options.out}")
     return 0
+
+
+def _shrunk(frame: np.ndarray, times: int) -> np.ndarray:
+    """The means of blocks of ``times`` x ``times`` pixels; what is left over at the right and below is cut off."""
+    height, width = (max(size // times, 1) for size in frame.shape[:2])
+    times = min(times, *frame.shape[:2])
+    blocks = frame[: height * times, : width * times].reshape(height, times, width, times, 3)
+    return blocks.mean((1, 3)).round().astype(frame.dtype)
 
 
 def _outcome(steps: int, success: bool, total: float) -> str:
@@ -127,7 +138,7 @@ def film_trial(
     """Films all episodes of a trial; the policy's memory lasts from one to the next.
 
     Args:
-        policy: Gets ``episode_start`` at each episode's first step.
+        policy: Gets ``episode_start`` at each episode's first step. If it has ``attach(env)``, that is called first.
         make: Makes the environment, with ``render_mode="rgb_array"``.
         seed: Of the trial.
         episodes: How many it has.
@@ -144,6 +155,8 @@ def film_trial(
     frames: list[np.ndarray] = []
     lines: list[str] = []
     try:
+        if hasattr(policy, "attach"):
+            policy.attach(env)
         state: Any = None
         for number in range(episodes):
             observation, info = env.reset(seed=seed if number == 0 else None)
