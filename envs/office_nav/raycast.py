@@ -677,7 +677,9 @@ def contrast(frames, meanings):
             count = 0
             for row in range(frames.shape[1]):
                 for column in range(frames.shape[2]):
-                    count += abs(int(frames[one, row, column, 1]) - int(frames[two, row, column, 1])) >= CONTRAST
+                    # signed: int() of a uint8 has no sign here
+                    apart = np.int64(frames[one, row, column, 1]) - np.int64(frames[two, row, column, 1])
+                    count += abs(apart) >= CONTRAST
                 if count >= least:
                     break
             least = min(least, count)
@@ -719,6 +721,8 @@ def sees_box(scene, x, z, heading, open_doors, office):
     if -away_x * math.cos(heading) + away_z * math.sin(heading) < distance * math.cos(math.pi / 6):
         return False
     clear = 0.5 * (scene.doors[office, 3] - scene.doors[office, 1]) - 0.15
+    if x <= 3.4 and abs(away_z) > clear:
+        return False
     for edge in (2.4, 3.4):
         if x > edge and abs(away_z) * (edge - 1.2) > clear * away_x:
             return False
