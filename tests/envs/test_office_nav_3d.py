@@ -193,6 +193,14 @@ def test_pickles_go_on_where_they_were_in_other_processes_too(method):
         (lambda env: OfficeNav3DEnv(horizon=0), "at least one step"),
         (lambda env: OfficeNav3DEnv(phrase="fifth room"), "nearest"),
         (lambda env: OfficeNav3DEnv(render_mode="human"), "rgb_array"),
+        (lambda env: OfficeNav3DEnv(render_mode="ansi").render(), "render before reset"),
+        (lambda env: OfficeNav3DEnv().sign(), "sign before reset"),
+        (lambda env: OfficeNav3DVectorEnv(2).render(), "no render_mode"),
+        (lambda env: OfficeNav3DVectorEnv(2, render_mode="ansi").render(), "render before reset"),
+        (
+            lambda env: OfficeNav3DVectorEnv(2).reset(options={"reset_mask": np.array([True, False])}),
+            "first reset is of",
+        ),
         (lambda env: OfficeNav3DVectorEnv(0), "at least one"),
         (lambda env: OfficeNav3DVectorEnv(2, autoreset_mode="never"), "next_step"),
         (lambda env: OfficeNav3DVectorEnv(2).reset(seed=[1]), "1 seeds for 2"),
@@ -527,6 +535,58 @@ def test_render():
     vector = OfficeNav3DVectorEnv(2, render_mode="rgb_array")
     vector.reset(seed=0)
     np.testing.assert_array_equal(vector.render()[0], first)
+
+
+def test_characters():
+    """Every character of the middle room's row of a known state, and what changes when doors open and agents turn."""
+    env = OfficeNav3DEnv(render_mode="ansi")
+    env.reset(seed=0, options={"task_id": 1, "phrase": "left of third room"})
+    put(env, 7.05, 6.3, 0.1)
+    lines = env.render().split("\n")
+    assert len(lines) == 24 and {len(line) for line in lines[:22]} == {65}
+    assert lines[22].startswith("trial 0, episode 1 of 2, step 0 of 30, task 1, at (7.0, 6.3) looking 6 degrees")
+    assert lines[23] == "sign: left of third room"
+    plan = "\n".join(lines[:22])
+    letters = [line[6] for line in lines[:22] if line[6].isalpha()]
+    assert letters == ["r", "r", "b", "r"]  # the second office, counted from below, has the blue box
+    assert plan.count(">") == 1 and lines[11][25] == ">" and "/" not in plan and plan.count("%") > 10
+    assert lines[11].startswith("##   ") and lines[11].count("D") == 3 and lines[11][-1] == "S"
+    assert sum(line[-2] == "S" or line[-1] == "S" for line in lines[:22]) == 14  # 8.4 m
+    for heading, letter in ((math.pi / 2, "^"), (math.pi, "<"), (-math.pi / 2, "v"), (2 * math.pi, ">")):
+        put(env, 7.05, 6.3, heading)
+        assert env.render().split("\n")[11][25] == letter
+    put(env, 7.05, 6.3, 0.0, 16)
+    text = env.render()
+    assert text.count("/") == 2 * 6 and text.count("D") == plan.count("D") - 2 * 6
+    for look in range(70):
+        put(env, 7.05, 6.3, 0.0, look=look)
+        colours = env.trials.box_colours(0)
+        assert colours[1] == "blue" and colours.count("blue") == 1 and set(colours) <= set(env3d.COLOURS)
+    vector = OfficeNav3DVectorEnv(2, render_mode="ansi")
+    vector.reset(seed=0)
+    single = OfficeNav3DEnv(render_mode="ansi")
+    single.reset(seed=1)
+    assert vector.render()[1] == single.render() != vector.render()[0]
+
+
+def test_the_sign_as_a_picture():
+    env = OfficeNav3DEnv()
+    seen = set()
+    for phrase in env3d.TEXTS:
+        env.reset(seed=0, options={"phrase": phrase})
+        picture = env.sign()
+        assert picture.shape == (88, 280, 3) and picture.dtype == np.uint8
+        np.testing.assert_array_equal(picture[::4, ::4, 1], env3d.sign_bitmap(phrase))
+        seen.add(picture.tobytes())
+    assert len(seen) == len(env3d.TEXTS)
+
+
+def test_pose_of_many():
+    vector, single = OfficeNav3DVectorEnv(2), OfficeNav3DEnv()
+    vector.reset(seed=4)
+    single.reset(seed=5)
+    assert tuple(vector.pose[1]) == single.pose and vector.pose.shape == (2, 3)
+    assert vector.autoreset_mode == vector.metadata["autoreset_mode"] == AutoresetMode.SAME_STEP
 
 
 def test_speed():
