@@ -539,18 +539,3 @@ class OfficeNavVectorEnv(VectorEnv):
 def make_vec(variant: str, num_envs: int = 1, **kwargs: Any) -> OfficeNavVectorEnv:
     """The vector environment of a variant; arguments as of ``OfficeNavVectorEnv``."""
     return OfficeNavVectorEnv(num_envs, variant=variant, **kwargs)
-
-
-def suite_vec(tasks: Sequence[str], num_envs: int | None = None, **kwargs: Any) -> OfficeNavVectorEnv:
-    """``EnvSuite.make_vec`` of the suite ``office_nav``: one of its tasks at a time.
-
-    Raises:
-        UserError: More than one task.
-    """
-    if len(tasks) != 1:
-        raise UserError(f"office_nav has vector environments of one task, not of {len(tasks)}: {', '.join(tasks)}")
-    import gymnasium as gym
-
-    from fleetgym.envs.office_nav.suite import OFFICE_NAV
-
-    return gym.make_vec(OFFICE_NAV.task(tasks[0]).env_id, num_envs=num_envs or 1, **kwargs)

@@ -96,3 +96,14 @@ def test_bad_input_is_one_line_and_writes_nothing(tmp_path, capsys, words, messa
     error = capsys.readouterr().err
     assert error.startswith("error: ") and message in error and error.count("\n") == 1
     assert not (tmp_path / "new").exists()
+
+
+def test_demonstrations_of_an_expert_that_is_told_its_environment(tmp_path, capsys):
+    words = ["collect", "OfficeNav3D-v0", "--episodes", "3", "--keep", "all", "--out"]
+    assert main([*words, str(tmp_path / "one")]) == 0
+    capsys.readouterr()
+    demos = Demonstrations.load(tmp_path / "one")
+    # In its thirty steps a first episode does not always reach the goal by way of the sign.
+    assert len(demos) == 3 and any(demo.success for demo in demos)
+    assert main([*words, str(tmp_path / "two"), "--num-envs", "2"]) == 2
+    assert "num_envs=2: a OracleReader3D plays in one environment at a time" in capsys.readouterr().err

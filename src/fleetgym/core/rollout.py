@@ -101,7 +101,8 @@ def rollout(
     """Runs one episode a seed.
 
     Args:
-        policy: Anything with SB3's ``predict``.
+        policy: Anything with SB3's ``predict``. One that has ``attach(env)``, as experts do that know more than what is
+            observed, is given the environment before its first episode.
         env: An environment id, or a function without arguments that makes a new environment.
         seeds: Episode ``i`` is reset with ``seeds[i]``.
         num_envs: Environments stepped side by side in this process, with one ``predict`` a step for all of them.
@@ -479,6 +480,12 @@ def _run(
     try:
         for _ in range(rows):
             slots.append(_Slot(_make(source, options["render"]), options))
+        if callable(getattr(policy, "attach", None)):
+            if rows > 1:
+                raise UserError(
+                    f"num_envs={rows}: a {type(policy).__name__} plays in one environment at a time; take 1"
+                )
+            policy.attach(slots[0].env)
         space = slots[0].env.action_space
         box = isinstance(space, spaces.Box)
         noisy = slots[0].noise is not None
