@@ -608,6 +608,25 @@ class OfficeNav3DEnv(gym.Env):
     - `phrase`: what the sign says, whatever is true; `""` leaves it blank. For tests of whether an agent reads;
       `reset` has an option for one that changes.
 
+    ## Reference scores
+
+    Measured with `reference3d.scores_page(200)`, 200 trials of each split (standard error at most 0.035): mean return of
+    the first and of the second episode, and steps of the second. The oracle reads the sign from the pixels and then
+    takes the shortest way; the non-reader looks into the offices for the blue box.
+
+    | split | oracle | non-reader | random |
+    |---|---|---|---|
+    | `train` | 0.520, 1.000 (13.3 steps) | 0.730, 0.995 (13.6 steps) | 0.000, 0.020 |
+    | `test` | 0.520, 1.000 (13.1 steps) | 0.750, 0.995 (13.5 steps) | 0.000, 0.020 |
+    | `phrases` | 0.605, 1.000 (11.4 steps) | 0.970, 1.000 (11.4 steps) | 0.005, 0.030 |
+    | `layout` | 0.405, 1.000 (13.5 steps) | 0.595, 0.995 (14.0 steps) | 0.000, 0.010 |
+
+    In the first episode 30 steps are enough to read the sign from every start of 500 (9.9 on average), and to go to the
+    box as well from 51.6% of them (`reference3d.reach`); in the second they are enough for the box from every start
+    (13.3). Under the released reward, then, return does not tell a reader from one who looks into the offices. What does
+    is `metrics3d.reading3d`: where the sign names another office the oracle goes there first in 100% of 200 trials, the
+    non-reader in none.
+
     ## Differences from the released code
 
     The sign hangs on the wall (x = 18.6) instead of in the air (x = 18); it is drawn with our own letters. Doors and
