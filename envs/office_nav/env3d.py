@@ -610,8 +610,8 @@ class OfficeNav3DEnv(gym.Env):
 
     ## Reference scores
 
-    Measured with `reference3d.scores_page(200)`, 200 trials of each split (standard error at most 0.035): mean return of
-    the first and of the second episode, and steps of the second. The oracle reads the sign from the pixels and then
+    Measured with `reference3d.scores_page(200)`, 200 trials of each split (standard error at most 0.035): mean return
+    of the first and of the second episode, and steps of the second. The oracle reads the sign from the pixels and then
     takes the shortest way; the non-reader looks into the offices for the blue box.
 
     | split | oracle | non-reader | random |
@@ -623,9 +623,9 @@ class OfficeNav3DEnv(gym.Env):
 
     In the first episode 30 steps are enough to read the sign from every start of 500 (9.9 on average), and to go to the
     box as well from 51.6% of them (`reference3d.reach`); in the second they are enough for the box from every start
-    (13.3). Under the released reward, then, return does not tell a reader from one who looks into the offices. What does
-    is `metrics3d.reading3d`: where the sign names another office the oracle goes there first in 100% of 200 trials, the
-    non-reader in none.
+    (13.3). Under the released reward, then, return does not tell a reader from one who looks into the offices. What
+    does is `metrics3d.reading3d`: where the sign names another office the oracle goes there first in 100% of 200
+    trials, the non-reader in none.
 
     ## Differences from the released code
 

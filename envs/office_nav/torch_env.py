@@ -269,8 +269,8 @@ class TorchOfficeNav:
             Observation, reward (float32 ``[B]``), terminated and truncated (bool ``[B]``), info. The tensors ``image``
             and ``sign``, those of ``final_obs`` too, are written again by the next step: clone what you keep. Info has
             ``trial``, ``episode_index``, ``task_id``, ``phrase_id``, ``goal`` and ``success``, ``[B]``; with
-            ``"same_step"`` and ``final_obs`` also ``final_rows`` (int64 ``[ended]``), ``final_obs`` and ``final_info`` of
-            those rows.
+            ``"same_step"`` and ``final_obs`` also ``final_rows`` (int64 ``[ended]``), ``final_obs`` and ``final_info``
+            of those rows.
 
         Raises:
             UserError: Before the first reset, actions of another shape, kind or (see ``check``) range, or an episode
