@@ -621,11 +621,11 @@ class OfficeNav3DEnv(gym.Env):
     | `phrases` | 0.605, 1.000 (11.4 steps) | 0.970, 1.000 (11.4 steps) | 0.005, 0.030 |
     | `layout` | 0.405, 1.000 (13.5 steps) | 0.595, 0.995 (14.0 steps) | 0.000, 0.010 |
 
-    In the first episode 30 steps are enough to read the sign from every start of 500 (9.9 on average), and to go to the
-    box as well from 51.6% of them (`reference3d.reach`); in the second they are enough for the box from every start
-    (13.3). Under the released reward, then, return does not tell a reader from one who looks into the offices. What
-    does is `metrics3d.reading3d`: where the sign names another office the oracle goes there first in 100% of 200
-    trials, the non-reader in none.
+    Of 500 starts in `test` (`reference3d.reach`) 30 steps are enough to read the sign from all (9.9 steps on average),
+    to read it and then go to the box, as in a first episode, from 51.6% (30.4), and to go straight to the box, as in a
+    second one, from all (13.3). Under the released reward, then, return does not tell a reader from one who looks into
+    the offices. What does is `metrics3d.reading3d`: where the sign names another office the oracle goes there first in
+    all of 200 trials, the non-reader in none.
 
     ## Differences from the released code
 
