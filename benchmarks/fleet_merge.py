@@ -51,6 +51,9 @@ from fleetgym.merging import MERGERS, interpolate, merge
 _EVALUATION_SEED, _CURVE_SEED = 1_000_000, 2_000_000
 
 
+OPTIMIZERS = ("robot", "server")
+
+
 @dataclass(frozen=True)
 class Preset:
     """What is trained and measured. The defaults are those of ``quick``."""
@@ -79,6 +82,9 @@ class Preset:
     """Gradient steps between merges."""
     rounds: int = 100
     """Merges after the first."""
+    optimizer: str = "robot"
+    """Who steps after the first merge: ``robot``, each its own Adam between merges, or ``server``, one Adam along the
+    mean of the robots' gradients, which are then what a round sends (FedSGD; Reddi et al., ICLR 2021)."""
     matcher: str = "frank_wolfe"
     """How fleet_merge aligns: frank_wolfe, lap or sinkhorn."""
     episodes: int = 20
@@ -89,6 +95,14 @@ class Preset:
     """How often the merged policy is evaluated during training."""
     curve_episodes: int = 5
     """Episodes of each task at a point of the curve."""
+
+    def __post_init__(self) -> None:
+        if self.optimizer not in OPTIMIZERS:
+            raise unknown("optimizer", self.optimizer, OPTIMIZERS)
+        if self.optimizer == "server" and self.local_steps != 1:
+            raise UserError(
+                f"optimizer=server local_steps={self.local_steps}: the server steps once a round; use local_steps=1"
+            )
 
     @property
     def task_names(self) -> tuple[str, ...]:
@@ -109,7 +123,17 @@ class Preset:
 PRESETS = {
     "quick": Preset(),
     "mt10": Preset(tasks="mt10", robots_per_task=2, rounds=150),
-    "mt50": Preset(tasks="mt50", robots_per_task=1, hidden=128, rounds=250, episodes=10, curve_episodes=2),
+    "mt50": Preset(
+        tasks="mt50",
+        robots_per_task=1,
+        demonstrations=40,
+        hidden=128,
+        local_steps=1,
+        rounds=2980,
+        optimizer="server",
+        episodes=10,
+        curve_episodes=2,
+    ),
 }
 
 METHODS = {
@@ -123,13 +147,15 @@ METHODS = {
 ABLATIONS = {
     "average_norms_rounds": "Averaging with norms restored, no alignment",
     "align_rounds": "Alignment, norms not restored",
+    "fedavg_rounds": "Naive averaging, an optimiser a robot",
 }
-"""fleet_merge taken apart; filled when asked for by name."""
+"""fleet_merge taken apart, and averaging as it usually is; filled when asked for by name."""
 MERGES: dict[str, tuple[str, dict[str, Any]]] = {
     "average_rounds": ("average", {}),
     "fleet_merge_rounds": ("fleet_merge", {}),
     "average_norms_rounds": ("average", {"norms": "auto"}),
     "align_rounds": ("fleet_merge", {"norms": False}),
+    "fedavg_rounds": ("average", {}),
 }
 """The merger and its options of each method that merges in rounds."""
 # One training serves three rows.
@@ -335,6 +361,8 @@ def train(job: Job, fleet: Fleet, run: Run, report: Callable[[int, str], None]) 
         learner = FleetLearner(policies[:1], [everything], config, seed=job.seed, device=job.device)
     else:
         learner = FleetLearner(policies, fleet.data, config, seed=job.seed, device=job.device)
+    # After the first merge the robots hold equal weights; with the optimiser at the server they stay equal.
+    shared = preset.optimizer == "server" and job.kind in MERGES and job.kind != "fedavg_rounds"
     merging = job.kind in MERGES
     sizes = [value.numel() * value.element_size() for key, value in policies[0].named_parameters()]
     # Once, before training: count, mean and variance of each feature, in double precision.
@@ -343,6 +371,8 @@ def train(job: Job, fleet: Fleet, run: Run, report: Callable[[int, str], None]) 
     saved = run.load_state()
     if saved is not None:
         first, tensors, meta = saved
+        if shared:
+            learner.share(policies[0])
         learner.load_state(tensors, meta["learner"])
         cpu, curve, history, sent = meta["cpu_seconds"], meta["curve"], meta["history"], meta["bytes_sent"]
         first += 1
@@ -351,7 +381,7 @@ def train(job: Job, fleet: Fleet, run: Run, report: Callable[[int, str], None]) 
     for number in range(first, preset.rounds + 1):
         began = time.process_time()
         loss = learner.train(preset.warmup if number == 0 else preset.local_steps)
-        if merging:
+        if merging and (number == 0 or not shared):
             merger, options = MERGES[job.kind]
             if merger == "fleet_merge":
                 options = {"matcher": preset.matcher, **options}
@@ -362,7 +392,10 @@ def train(job: Job, fleet: Fleet, run: Run, report: Callable[[int, str], None]) 
             learner.stack.load([weights])
             if number == 0:
                 learner.forget_moments()
-            sent += sum(sizes)
+                if shared:
+                    learner.share(learner.stack.policies()[0])
+        if merging:
+            sent += sum(sizes)  # weights, or as many numbers of a gradient
         cpu += time.process_time() - began
         run.log(learner.step_count, loss=float(loss.mean()), round=number)
         if number in points and job.kind != "alone":
@@ -696,15 +729,16 @@ def _preset(name: str, overrides: Sequence[str]) -> Preset:
         raise unknown("preset", name, PRESETS)
     preset = PRESETS[name]
     kinds = {field.name: type(getattr(preset, field.name)) for field in dataclasses.fields(Preset)}
+    changes = {}
     for text in overrides:
         key, equals, value = text.partition("=")
         if key not in kinds:
             raise unknown("preset field", key, kinds)
         try:
-            preset = dataclasses.replace(preset, **{key: kinds[key](value)})
+            changes[key] = kinds[key](value)
         except ValueError as error:
             raise UserError(f"--override {text}: {key} takes a {kinds[key].__name__}") from error
-    return preset
+    return dataclasses.replace(preset, **changes)
 
 
 def main(argv: Sequence[str]) -> int:
