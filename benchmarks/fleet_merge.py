@@ -52,6 +52,7 @@ _EVALUATION_SEED, _CURVE_SEED = 1_000_000, 2_000_000
 
 
 OPTIMIZERS = ("robot", "server")
+INITIALS = ("different", "same")
 
 
 @dataclass(frozen=True)
@@ -82,6 +83,8 @@ class Preset:
     """Gradient steps between merges."""
     rounds: int = 100
     """Merges after the first."""
+    initial: str = "different"
+    """The robots' first weights: ``different``, each its own, or ``same``."""
     optimizer: str = "robot"
     """Who steps after the first merge: ``robot``, each its own Adam between merges, or ``server``, one Adam along the
     mean of the robots' gradients, which are then what a round sends (FedSGD; Reddi et al., ICLR 2021)."""
@@ -99,6 +102,8 @@ class Preset:
     def __post_init__(self) -> None:
         if self.optimizer not in OPTIMIZERS:
             raise unknown("optimizer", self.optimizer, OPTIMIZERS)
+        if self.initial not in INITIALS:
+            raise unknown("initial", self.initial, INITIALS)
         if self.optimizer == "server" and self.local_steps != 1:
             raise UserError(
                 f"optimizer=server local_steps={self.local_steps}: the server steps once a round; use local_steps=1"
@@ -233,8 +238,8 @@ class Fleet:
         return round(4 * steps * size)
 
     def policy(self, robot: int) -> RecurrentPolicy:
-        """Robot ``robot``'s policy before training: its own random weights, the fleet's statistics."""
-        torch.manual_seed(self.seed * 100_003 + robot)
+        """Robot ``robot``'s policy before training: random weights (its own or common ones), the fleet's statistics."""
+        torch.manual_seed(self.seed * 100_003 + (robot if self.preset.initial == "different" else 0))
         policy = RecurrentPolicy(
             self.data[0].observations.shape[-1],
             self.data[0].actions.shape[-1],
@@ -669,12 +674,16 @@ def publish(folder: Path, preset: Preset, name: str, seeds: Sequence[int], make_
     changed = [f"{key}={value}" for key, value in dataclasses.asdict(preset).items() if value != usual[key]]
     if changed:
         rows += f" --override {' '.join(changed)}"
+    whose = "of its own" if preset.initial == "different" else "common to all"
+    sent = f"every {preset.local_steps} gradient steps they send weights"
+    if preset.optimizer == "server":
+        sent = f"they send weights after {preset.warmup} gradient steps, and at each later step a gradient"
     extras: dict[str, Any] = {
         "title": f"Fleet merging on Meta-World, preset {name}{', changed' if changed else ''}",
         "description": (
             f"{robots} robots on {tasks} tasks, each with {preset.demonstrations} demonstrations "
-            "of one task and random initial weights of its own, never share data: every "
-            f"{preset.local_steps} gradient steps they send weights, which are merged into one policy for all tasks. "
+            f"of one task and random initial weights {whose}, "
+            f"never share data: {sent}, which are merged into one policy for all tasks. "
             "Success is on goals that no demonstration showed; intervals are Wilson's, 95%."
         ),
         "command": f"fleetgym bench fleet_merge --preset {name} --seeds {' '.join(map(str, seeds))}{rows}",

@@ -129,6 +129,16 @@ def test_with_the_optimiser_at_the_server_only_the_first_merge_differs(folder):
     assert not torch.equal(weights["average_rounds"], weights["fedavg_rounds"])
 
 
+def test_from_the_same_weights_alignment_changes_nothing(folder):
+    preset = dataclasses.replace(SERVER, initial="same", rounds=1, curve_points=1)
+    weights = []
+    for kind in ("average_rounds", "fleet_merge_rounds"):
+        fleet_merge.run_job(Job(kind, 0, preset, str(folder)), silent)
+        path = folder / "training" / "seed0" / kind / "checkpoints" / "last" / "model.safetensors"
+        weights.append(path.read_bytes())
+    assert weights[0] == weights[1]
+
+
 def test_robots_share_neither_data_nor_initial_weights(folder):
     fleet = fleet_merge.Fleet(TINY, folder, 0)
     assert fleet.robots == ["reach-v3", "reach-v3", "door-close-v3", "door-close-v3"]
@@ -148,6 +158,8 @@ def test_bad_input():
         fleet_merge.main(["--override", "rounds=many"])
     with pytest.raises(UserError, match="unknown optimizer 'sever'; nearest: 'server'"):
         fleet_merge.main(["--override", "optimizer=sever"])
+    with pytest.raises(UserError, match="unknown initial 'equal'"):
+        fleet_merge.main(["--override", "initial=equal"])
     with pytest.raises(UserError, match="use local_steps=1"):
         fleet_merge.main(["--override", "optimizer=server", "local_steps=5"])
     with pytest.raises(UserError, match="nearest: 'reach-v3'"):
