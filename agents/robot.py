@@ -56,7 +56,7 @@ class CloningRobot:
                 )
         self.name, self.run, self.device = name, run, device
         self.batch = demonstrations.padded()
-        noted = {str(part.get("task", "")) for part in demonstrations.info["parts"]}
+        noted = {str(part.get("task", "")) for part in demonstrations.info.get("parts", ())}
         self.task = task or (noted.pop() if len(noted) == 1 else "")
         file = run.path / IDENTITY
         if not file.exists():

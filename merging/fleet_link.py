@@ -32,7 +32,6 @@ from fleetgym.core.optional import require
 
 try:
     import httpx
-    import uvicorn
     from cryptography.exceptions import UnsupportedAlgorithm
     from cryptography.hazmat.primitives.asymmetric import ec
     from cryptography.hazmat.primitives.serialization import load_ssh_private_key, load_ssh_public_key
@@ -64,7 +63,6 @@ try:
     from flwr.supercore.primitives.asymmetric import generate_key_pairs, public_key_to_bytes
     from flwr.supercore.run import Run
     from flwr.supercore.task_identity import TaskIdentity
-    from flwr.superlink.main import create_app
     from flwr.supernode.fleet_http_client import FleetHttpClient
     from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
 except ImportError as error:
@@ -336,6 +334,9 @@ def serve(
     Raises:
         UserError: The port is taken or the address is not this machine's.
     """
+    import uvicorn  # the server's half of Flower is as slow to import as torch, and robots do not need it
+    from flwr.superlink.main import create_app
+
     host, port = parse_address(address)
     logging.getLogger("flwr").setLevel(logging.ERROR)
     try:
@@ -353,7 +354,7 @@ def serve(
     }
     door = _Door(app)
     secure = {"ssl_certfile": str(certificate), "ssl_keyfile": str(certificate_key)} if certificate else {}
-    config = uvicorn.Config(door, log_level="error", access_log=False, timeout_graceful_shutdown=2, **secure)
+    config = uvicorn.Config(door, log_level="error", access_log=False, ws="none", timeout_graceful_shutdown=2, **secure)
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
     thread.start()
@@ -368,14 +369,12 @@ def serve(
         thread.join(timeout=10)
 
 
-def knock(address: str, root_certificate: Path | None, tls: bool) -> None:
+def knock(address: str, root_certificate: Path | None) -> None:
     """Asks once whether a fleet server is at an address.
 
     Args:
         address: ``host:port``.
-        root_certificate: PEM file of the authority that the server's certificate must come from; the system's own
-            authorities if None.
-        tls: Whether TLS is to be spoken.
+        root_certificate: PEM file of the authority that the server's certificate must come from; no TLS if None.
 
     Raises:
         UserError: Something answers that is not a fleet server, or whose certificate does not convince; trying again
@@ -383,8 +382,9 @@ def knock(address: str, root_certificate: Path | None, tls: bool) -> None:
         OSError: Nothing answers; trying again may help.
     """
     host, port = parse_address(address)
+    tls = root_certificate is not None
     if tls:
-        context = ssl.create_default_context(cafile=str(root_certificate) if root_certificate else None)
+        context = ssl.create_default_context(cafile=str(root_certificate))
         connection: Any = http.client.HTTPSConnection(host, port, timeout=5, context=context)
     else:
         connection = http.client.HTTPConnection(host, port, timeout=5)
@@ -416,13 +416,13 @@ def knock(address: str, root_certificate: Path | None, tls: bool) -> None:
 class _Session:
     """One robot's connection: registered, kept alive from a thread, and a way to get messages and send replies."""
 
-    def __init__(self, address: str, root: Path | None, tls: bool, key: ec.EllipticCurvePrivateKey | None) -> None:
+    def __init__(self, address: str, root: Path | None, key: ec.EllipticCurvePrivateKey | None) -> None:
         self._own = key is None
         private, public = generate_key_pairs() if key is None else (key, key.public_key())
         self._public = public_key_to_bytes(public)
-        verify = str(root) if root else None
+        verify = root.read_bytes() if root else None
         signed = [RuntimeVersionHttpInterceptor(component_name="SuperNode"), NodeAuthHttpInterceptor(private, public)]
-        self._client = FleetHttpClient.from_server_address(address, not tls, verify, interceptors=signed)
+        self._client = FleetHttpClient.from_server_address(address, root is None, verify, interceptors=signed)
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._beat, daemon=True)
         self.node: Any = None
@@ -497,7 +497,6 @@ def work(
     app: ClientApp,
     done: Callable[[], bool],
     *,
-    tls: bool = False,
     root_certificate: Path | None = None,
     key: ec.EllipticCurvePrivateKey | None = None,
     wait: float = 60.0,
@@ -511,7 +510,6 @@ def work(
         address: ``host:port`` of the server.
         app: Answers messages. What it raises goes to the server as Flower's error reply, a UserError too.
         done: Asked after every reply.
-        tls: Speak TLS.
         root_certificate: See :func:`knock`.
         key: The robot's private key, for a server that knows its robots.
         wait: Seconds to try to reach the server, at the start and after a loss.
@@ -532,8 +530,8 @@ def work(
                 "fleetgym fleet server"
             )
         try:
-            knock(address, root_certificate, tls)
-            with _Session(address, root_certificate, tls, key) as session:
+            knock(address, root_certificate)
+            with _Session(address, root_certificate, key) as session:
                 say(f"connected to {address}")
                 while not done():
                     message = session.receive()

@@ -52,12 +52,14 @@ PACKAGES = {
     "cli": ({"tyro"}, None),  # None: anything
     "root": (set(), set()),
 }
-# A world's own folder may import its simulator at the top: whoever imports it wants that world.
+# A world's own folder may import its simulator at the top: whoever imports it wants that world. So may Flower's.
 WORLDS = {
     "envs/meta_world/": {"mujoco", "metaworld", "scipy", "numba"},
     "envs/office_nav/torch_env.py": {"torch"},
     "envs/office_nav/": {"numba"},
     "envs/rendering.py": {"mujoco"},
+    "merging/federated.py": {"flwr", "safetensors"},
+    "merging/fleet_link.py": {"cryptography", "flwr", "httpx", "uvicorn"},
 }
 
 

@@ -114,11 +114,8 @@ class Client:
     task: str | None = None
     """Which of the fleet's tasks this robot does; by default what the demonstrations note."""
 
-    tls: bool = False
-    """Speak TLS and trust the authorities that this system trusts; --root-certificate implies it."""
-
     root_certificate: Path | None = None
-    """PEM file of the authority that signed the server's certificate."""
+    """PEM file of the authority that signed the server's certificate; TLS is spoken if it is given."""
 
     key: Path | None = None
     """This robot's private key (`ssh-keygen -t ecdsa`), for a server that has --robot-keys."""
@@ -283,14 +280,13 @@ def _client(options: Client) -> int:
     check_name(options.name)
     if options.device != "cpu" and not torch.cuda.is_available():
         raise UserError(f"--device {options.device}: no such device here; `fleetgym doctor` lists what there is")
-    tls = options.tls or options.root_certificate is not None
     if options.root_certificate is not None:
         read_file(options.root_certificate, "the certificate", "--root-certificate")
         _check_authority(options.root_certificate)
     key = None
     if options.key is not None:
-        if not tls:
-            raise UserError("--key needs TLS: give the server's --root-certificate, or --tls")
+        if options.root_certificate is None:
+            raise UserError("--key needs TLS: give the --root-certificate of the server")
         key = private_key(options.key)
     demonstrations = Demonstrations.concatenate([Demonstrations.load(path) for path in options.datasets])
     config = {
@@ -306,7 +302,6 @@ def _client(options: Client) -> int:
             options.server,
             client_app(robot, reasons.append),
             lambda: robot.finished or bool(reasons),
-            tls=tls,
             root_certificate=options.root_certificate,
             key=key,
             wait=options.wait,
