@@ -181,7 +181,8 @@ class LinkGrid(Grid):
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
         """The replies to these messages that are complete and were not given before."""
         state, wanted = self._state, {name for name in message_ids if name}
-        for reply in state.get_message_res(message_ids=wanted, run_id=self._run.run_id) if wanted else ():
+        # A copy: Flower takes out what it answers itself, such as messages to a node that has gone.
+        for reply in state.get_message_res(message_ids=set(wanted), run_id=self._run.run_id) if wanted else ():
             parts = []
             if not reply.has_error():
                 tree = state.object_store.get_object_tree(reply.metadata.message_id)

@@ -19,7 +19,7 @@ pytest.importorskip("flwr", reason="flwr is not installed: pip install 'fleetgym
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
-from flwr.app import Array, ArrayRecord, Error, Message
+from flwr.app import Array, ArrayRecord, Error, Message, RecordDict
 from flwr.proto.node_pb2 import NodeInfo
 from flwr.serverapp import Grid
 from flwr.supercore.task_identity import TaskIdentity
@@ -315,6 +315,19 @@ def test_who_is_not_taken_hears_why(robot, why):
     assert strategy.members["a"].node == 100 and set(strategy.members) == {"a", "b", "c"}
 
 
+def test_a_fleet_of_tasks(tmp_path):
+    plan = _plan(Server(out=tmp_path, tasks=("reach-v3", "drawer-close-v3")))
+    assert plan["policy"]["differences"] == [[0, 36, 3], [4, 36, 3], [0, 4, 3]]
+    assert _plan(Server(out=tmp_path, tasks=("reach-v3", "mine")))["policy"]["differences"] == []
+    with Run.open(tmp_path / "a", {}, tensorboard=False) as run:
+        plain = {"policy": {}, "tasks": ["left", "right"]}
+        sizes, statistics = CloningRobot("a", episodes(0), run, task="right").describe(plain)
+        assert sizes == {"observation_size": 5, "action_size": 2}
+        np.testing.assert_array_equal(statistics.mean[3:], [0, 1])
+        with pytest.raises(UserError, match="unknown task of this fleet 'up'"):
+            CloningRobot("a", episodes(0), run, task="up").describe(plain)
+
+
 def test_state_survives_the_server(tmp_path):
     whole, grid, _, _ = fleet()
     whole.start(grid)
@@ -483,6 +496,17 @@ def test_a_fleet_over_the_loopback_interface_merges_as_without_a_network():
     assert same(direct.module.state_dict(), strategy.module.state_dict())
     size = sum(4 * p.numel() for p in strategy.module.parameters())
     assert up > 9 * size and down > 6 * size
+
+
+def test_a_node_that_has_gone_is_known_at_once():
+    with serve(f"127.0.0.1:{free_port()}") as (grid, _):
+        node = grid._state.create_node("<id:none>", "none", b"key", 10)
+        grid._state.activate_node(node, 10)
+        (name,) = grid.push_messages([Message(RecordDict(), node, "train")])
+        assert list(grid.get_node_ids()) == [node] and grid.pull_messages([name]) == []
+        grid._state.deactivate_node(node)
+        (reply,) = grid.pull_messages([name])
+        assert reply.has_error() and reply.metadata.src_node_id != node and list(grid.get_node_ids()) == []
 
 
 def test_nobody_there():

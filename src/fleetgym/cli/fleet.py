@@ -164,8 +164,7 @@ def _plan(options: Server) -> dict[str, Any]:
     if options.differences == "auto" and options.tasks:
         from fleetgym.envs import suite
 
-        names = {task.name for task in suite("meta_world")}
-        differences = set(options.tasks) <= names
+        differences = set(options.tasks) <= set(suite("meta_world").tasks)
     low, high = options.action_range or (None, None)
     policy = {
         "cell": options.cell,
