@@ -128,7 +128,14 @@ def identity():
 
 def fleet(names="abc", **options):
     lines = []
-    options = {"min_robots": 2, "start_robots": len(names), "poll": 0.01, "say": lines.append, **options}
+    options = {
+        "min_robots": 2,
+        "start_robots": len(names),
+        "poll": 0.01,
+        "merger": "average",
+        "say": lines.append,
+        **options,
+    }
     strategy, grid = FleetMerge(PLAN, **options), Loopback()
     robots = {name: Stub(name) for name in names}
     for number, robot in enumerate(robots.values()):
@@ -141,7 +148,7 @@ def same(a, b):
 
 
 def test_the_first_merge_is_that_of_the_library():
-    strategy, grid, robots, _ = fleet()
+    strategy, grid, robots, _ = fleet(merger="fleet_merge")
     result = strategy.start(grid, num_rounds=0)
     statistics = Statistics.pool([robot.describe(PLAN)[1] for robot in robots.values()])
     np.testing.assert_allclose(strategy.module.normaliser.mean, statistics.mean, rtol=1e-6)
@@ -487,7 +494,7 @@ def test_a_fleet_over_the_loopback_interface_merges_as_without_a_network():
     robots = {name: Stub(name) for name in "abc"}
     with serve(address) as (grid, _):
         threads = [connect(address, robot, errors, wait=20) for robot in robots.values()]
-        strategy = FleetMerge(PLAN, start_robots=3, say=lines.append)
+        strategy = FleetMerge(PLAN, merger="average", start_robots=3, say=lines.append)
         strategy.start(grid, timeout=60)
         for thread in threads:
             thread.join(10)
@@ -551,15 +558,17 @@ def test_a_killed_robot_and_a_killed_server_change_nothing(tmp_path):
     options = {"rounds": rounds, "warmup": 20, "local_steps": 40, "hidden": 16}
 
     # What an uninterrupted fleet gives, without a network.
-    lines, grid = [], Loopback()
-    whole = FleetMerge(_plan(Server(out=tmp_path, **options)), min_robots=4, say=lines.append, poll=0.01)
+    grid = Loopback()
+    whole = FleetMerge(_plan(Server(out=tmp_path, **options)), min_robots=4, options={"matcher": "lap"}, poll=0.01)
     runs = [Run.open(tmp_path / f"whole-{name}", {}, tensorboard=False) for name in names]
     for number, (name, run) in enumerate(zip(names, runs)):
         grid.join(100 + number, CloningRobot(name, Demonstrations.load(tmp_path / f"demos-{name}"), run))
     whole.start(grid)
 
     words = [word for key, value in options.items() for word in (f"--{key.replace('_', '-')}", str(value))]
-    server = Process(tmp_path, "server", ["server", "--listen", f"127.0.0.1:{port}", "--min-robots", "4", *words])
+    server = Process(
+        tmp_path, "server", ["server", "--listen", f"127.0.0.1:{port}", "--min-robots", "4", "--matcher", "lap", *words]
+    )
     robots = {
         name: Process(
             tmp_path,
