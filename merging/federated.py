@@ -323,6 +323,7 @@ class FleetMerge(Strategy):
         self._spec: WeightSpec | None = None
         self._merged = False
         self._round: _Round | None = None
+        self._asking = False
         self._greeted: set[tuple[int, str]] = set()
         self._hellos: dict[str, int] = {}
         self._waiting = ""
@@ -545,11 +546,12 @@ class FleetMerge(Strategy):
                 )
         self.members[name] = Member(name, str(about["identity"]), node, sizes, statistics)
         back = old is not None and old.identity == about["identity"]
-        self.say(f"robot {name} {'is back' if back else 'joined'}; takes part from round {self.next_round}")
-        if self._round is not None:
+        again = False
+        if self._asking:
             self._round.joined.append(name)
-            if back and grid is not None:
-                self._ask_again(grid, self.members[name])
+            again = back and grid is not None and self._ask_again(grid, self.members[name])
+        first = self.next_round + (self._asking and not again)
+        self.say(f"robot {name} {'is back' if back else 'joined'}; takes part from round {first}")
         return self.members[name]
 
     def _settle(self) -> None:
@@ -604,6 +606,7 @@ class FleetMerge(Strategy):
         self._config, replies = config, []
         self._push(grid, self.configure_train(number, self.arrays(), config, grid))
         now, end = self._round, time.monotonic() + timeout
+        self._asking = True
         while now.asked and time.monotonic() < end:
             found = list(grid.pull_messages(list(now.asked)))
             for reply in found:
@@ -616,18 +619,20 @@ class FleetMerge(Strategy):
             self._greet(grid)
             if not found:
                 time.sleep(self.poll)
+        self._asking = False
         for robot in sorted(now.asked.values()):
             self._refuse(now, robot, f"no reply within {timeout:g} s")
         return replies
 
-    def _ask_again(self, grid: Grid, member: Member) -> None:
-        """Gives a robot that was restarted in the middle of a round its order again; the old one is forgotten."""
+    def _ask_again(self, grid: Grid, member: Member) -> bool:
+        """Gives a robot that was restarted in the middle of a round its order again, unless it has replied."""
         now = self._round
         if member.name not in now.nodes.values() or member.name in now.replied:
-            return
+            return False
         for name in [name for name, robot in now.asked.items() if robot == member.name]:
             del now.asked[name]
         self._push(grid, [self._message(member, self.arrays(), self._config)])
+        return True
 
     def _refuse(self, now: _Round, robot: str, why: str) -> None:
         now.refused.append({"robot": robot, "why": why})
