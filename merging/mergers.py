@@ -116,7 +116,7 @@ def restore_norms(
 
     Args:
         merged: The mean; not touched.
-        spec: The networks' symmetry; its tensors are scaled, others (input statistics) are left.
+        spec: The networks' symmetry; its tensors are scaled, buffers (statistics of inputs or batches) are left.
         state_dicts: What it is the mean of.
         coefficients: Their weights in the mean.
 
@@ -126,6 +126,8 @@ def restore_norms(
     shares = normalised(coefficients, len(state_dicts))
     out, logs = dict(merged), []
     for key in spec.cost_keys:
+        if key in spec.buffers:
+            continue
         own = float(merged[key].double().norm())
         wanted = sum(share * float(state[key].double().norm()) for share, state in zip(shares, state_dicts))
         # Equal networks come back to the bit.

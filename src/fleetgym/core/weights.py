@@ -438,8 +438,8 @@ class WeightSpec:
             module: The module; it is run in evaluation mode and left as it was.
             example_input: A tensor or a tuple of arguments; if None, standard normal [3, 7, in] for each input.
             rng: Draws the element and the input.
-            stir: Whether to disturb the weights that the element moves first. Gains of one, shifts of zero and fresh
-                running statistics look the same in any order, so a wrong axis of theirs would go unseen.
+            stir: Whether to disturb the weights first. Gains of one, shifts of zero and fresh running statistics look
+                the same in any order, so a wrong axis of theirs would go unseen.
 
         Returns:
             Largest absolute difference over all outputs but the memory.
@@ -475,7 +475,9 @@ class WeightSpec:
                 # What a forward draws (a sampled action) it must draw alike both times.
                 with torch.no_grad(), torch.random.fork_rng(devices=[]):
                     torch.manual_seed(0)
-                    outputs.append(_tensors(torch.func.functional_call(module, state, args, tie_weights=False), self.memory))
+                    outputs.append(
+                        _tensors(torch.func.functional_call(module, state, args, tie_weights=False), self.memory)
+                    )
         finally:
             for m, mode in modes.items():
                 m.training = mode
@@ -494,7 +496,11 @@ class WeightSpec:
             if first != key:
                 out[key] = out[first]
                 continue
-            if not tensor.is_floating_point() or all(axis.fixed for axis in self.axes.get(key, ())):
+            if not tensor.is_floating_point() or not tensor.numel() or not bool(torch.isfinite(tensor).all()):
+                continue
+            # A buffer that the spec fixes and whose entries differ (a mask, a table) may have to be as it is.
+            equal = bool((tensor == tensor.flatten()[0]).all())
+            if key in self.buffers and all(axis.fixed for axis in self.axes[key]) and not equal:
                 continue
             noise = torch.from_numpy(rng.standard_normal(tuple(tensor.shape))).to(tensor)
             if bool((tensor > 0).all()):

@@ -46,7 +46,7 @@ def _convolution(run: Run, out: Tensor, x: Any, weight: Any, bias: Any, groups: 
             made = Dim(outof.size, channels.perm, channels.sign)
         else:
             pin(channels.sign)
-            rows, _ = split(outof, [groups, count], f"{run.path}.groups")
+            rows, _ = split(outof, [groups, count], run.label("groups"))
             tie(rows.perm, channels.perm)
             made = outof
     else:
@@ -55,8 +55,8 @@ def _convolution(run: Run, out: Tensor, x: Any, weight: Any, bias: Any, groups: 
         if transposed:
             channels = plain(channels)
             pin(channels.sign, into.sign, outof.sign)
-            rows, inside = split(channels, [groups, channels.size // groups], f"{run.path}.groups")
-            blocks, columns = split(into, [groups, into.size // groups], f"{run.path}.groups")
+            rows, inside = split(channels, [groups, channels.size // groups], run.label("groups"))
+            blocks, columns = split(into, [groups, into.size // groups], run.label("groups"))
             join([(rows, blocks), (inside, columns)], [True, True])
             outof.pin()
             whole = Node(groups * outof.size, home=rows.perm[0], rigid=True) if len(rows.perm) == 1 else None
@@ -66,10 +66,10 @@ def _convolution(run: Run, out: Tensor, x: Any, weight: Any, bias: Any, groups: 
             made = Dim(whole.size, [whole], fixed_wire(whole.size))
         else:
             channels = plain(channels)
-            rows, inside = split(channels, [groups, channels.size // groups], f"{run.path}.groups")
+            rows, inside = split(channels, [groups, channels.size // groups], run.label("groups"))
             plain(inside)
             into.pin()
-            blocks, _ = split(outof, [groups, outof.size // groups], f"{run.path}.groups")
+            blocks, _ = split(outof, [groups, outof.size // groups], run.label("groups"))
             tie(rows.perm, blocks.perm)
             made = outof
     result = Value(tidy([*batch, made, *[flat(n) for n in out.shape[out.dim() - k :]]]))
@@ -122,7 +122,7 @@ def _pixel_shuffle(run: Run, out: Tensor, x: Any, factor: int) -> Value:
     place = len(value.dims) - 3
     channels = plain(value.dims[place])
     pin(channels.sign)
-    outer, inner = split(channels, [channels.size // factor**2, factor**2], f"{run.path}.blocks")
+    outer, inner = split(channels, [channels.size // factor**2, factor**2], run.label("blocks"))
     plain(inner)
     return Value(tidy([*value.dims[:place], outer, *[flat(n) for n in out.shape[-2:]]]))
 
@@ -159,7 +159,7 @@ def _group_norm(run: Run, out: Tensor, x: Any, groups: int, weight: Any = None, 
         return _channelwise(run, value, {weight: False, bias: True, None: False})
     pin(plain(channels).sign)  # the mean over a group mixes signs
     if groups > 1:
-        split(plain(channels), [groups, channels.size // groups], f"{run.path}.groups".lstrip("."))
+        split(plain(channels), [groups, channels.size // groups], run.label("groups"))
     return _channelwise(run, value, {weight: False, bias: False, None: False})
 
 
@@ -280,7 +280,9 @@ def _take_state(run: Run, state: Any, made: list[Dim]) -> bool:
 
 
 @operation("rnn_tanh", "rnn_relu", "gru", "lstm")
-def _recurrent(run: Run, out: Any, x: Any, state: Any, weights: Any, biases: Any, layers: Any = None, *args: Any) -> Any:
+def _recurrent(
+    run: Run, out: Any, x: Any, state: Any, weights: Any, biases: Any, layers: Any = None, *args: Any
+) -> Any:
     if isinstance(weights, Tensor):
         raise Conflict("packed sequences are not followed")
     value, kind = run.value(x), run.name
@@ -291,7 +293,7 @@ def _recurrent(run: Run, out: Any, x: Any, state: Any, weights: Any, biases: Any
     for layer in range(layers):
         outs = []
         for direction in range(2 if both else 1):
-            name = f"{run.path}.{layer}".lstrip(".") + (".reverse" if direction else "")
+            name = run.label(f"{layer}{'.reverse' if direction else ''}")
             own = list(weights[place : place + each])
             place += each
             h, c = _cell(run, kind, name, last, own, own[1].shape[0] // len(_BLOCKS[kind]))

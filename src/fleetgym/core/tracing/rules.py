@@ -28,7 +28,7 @@ from fleetgym.core.tracing.values import (
     tidy,
     uniform,
 )
-from fleetgym.core.tracing.wires import Conflict, fixed_wire, is_fixed, leaves, spread
+from fleetgym.core.tracing.wires import Conflict, fixed_wire, is_fixed, leaves, pin, spread
 
 LETTERS = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
@@ -47,12 +47,12 @@ def number(run: Run, item: Any) -> bool:
 
 
 @operation(*ODD.split(), *COPIES.split(), "type_as", "requires_grad_", "feature_dropout", "dropout1d", "dropout2d",
-           "dropout3d", "rename", "cpu", "deg2rad", "erfinv", "expm1_odd")  # fmt: skip
+           "dropout3d", "deg2rad", "rad2deg", "erfinv")  # fmt: skip
 def _same(run: Run, out: Tensor, x: Any, *_: Any, **__: Any) -> Value:
     return run.value(x)
 
 
-@operation(*ANY.split(), "logit", "frac", "isfinite", "isnan", "isinf", "softmin_", "logical_not", "round_", "bernoulli")
+@operation(*ANY.split(), "logit", "frac", "isfinite", "isnan", "isinf", "logical_not")
 def _unsigned(run: Run, out: Tensor, x: Any, *_: Any, **__: Any) -> Value:
     value = run.value(x)
     value.pin_signs()
@@ -88,8 +88,12 @@ def _zeros(run: Run, out: Tensor, *_: Any, **__: Any) -> Value:
     return value
 
 
-@operation("ones_like", "full_like", "new_ones", "new_full", "empty_like", "rand_like", "randn_like", "new_empty",
-           "new_tensor")  # fmt: skip
+@operation("ones_like", "full_like", "new_ones", "new_full")
+def _ones(run: Run, out: Tensor, *_: Any, **__: Any) -> Value:
+    return Value([uniform(n) for n in out.shape])
+
+
+@operation("empty_like", "rand_like", "randn_like", "randint_like", "new_empty", "new_tensor")
 def _fresh(run: Run, out: Tensor, *_: Any, **__: Any) -> Value:
     return constant(out.shape)
 
@@ -112,7 +116,7 @@ def _product(run: Run, out: Tensor, a: Any, b: Any, **kwargs: Any) -> Value:
     if number(run, a) or number(run, b):
         return run.value(b if number(run, a) else a)
     for item in (a, b):
-        if id(item) in run.params and run.params[id(item)][1] not in run.used:
+        if id(item) in run.fresh:
             run.value(item).pin_signs()  # a gain: the sign stays with what it scales
     return broadcast([run.value(a), run.value(b)], "product")
 
@@ -178,13 +182,12 @@ def name_heads(run: Run, dim: Dim, suffix: str) -> None:
     """Names the channels of attention heads, and the heads, after the module."""
     if dim.outer is None:
         return
-    path = f"{run.path}." if run.path else ""
     for leaf in leaves(dim.perm):
         if leaf.home is not None and not leaf.rigid and leaf.rank > 1:
-            leaf.name, leaf.rank = path + suffix, 1
+            leaf.name, leaf.rank = run.label(suffix), 1
         home = leaf.home.root() if leaf.home is not None else leaf
         if leaf.home is not None and home.rank > 1:
-            home.name, home.rank = path + "heads", 1
+            home.name, home.rank = run.label("heads"), 1
 
 
 @operation("matmul", "mm", "bmm", "mv", "dot")
@@ -300,6 +303,12 @@ def _expand(run: Run, out: Tensor, x: Any, *_: Any, **__: Any) -> Value:
     dims = [uniform(n) for n in out.shape[:lead]]
     dims += [dim if dim.size == n else uniform(n) for dim, n in zip(value.dims, out.shape[lead:])]
     return moved(value, dims)
+
+
+@operation("broadcast_tensors")
+def _broadcast_tensors(run: Run, out: Any, *tensors: Any) -> tuple[Value, ...]:
+    items = tensors[0] if len(tensors) == 1 and isinstance(tensors[0], (tuple, list)) else tensors
+    return tuple(_expand(run, made, item) for made, item in zip(out, items))
 
 
 @operation("repeat", "tile")
@@ -536,7 +545,8 @@ def _along(run: Run, out: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
     return None
 
 
-@operation("argmax", "argmin", "argsort", "sort", "topk", "multinomial", "kthvalue", "mode", "nonzero", "unique")
+@operation("argmax", "argmin", "argsort", "sort", "topk", "multinomial", "kthvalue", "mode", "nonzero", "unique",
+           "gather", "take_along_dim")  # fmt: skip
 def _readout(run: Run, out: Any, x: Any, *_: Any, **__: Any) -> Any:
     run.value(x).pin()  # the places of units are what it returns
     return None
@@ -587,9 +597,11 @@ def _reduce(run: Run, out: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
     if name in ("mean", "sum", "nanmean", "nansum"):
         made = drop(value, places, keep)
     elif name in ("norm", "linalg_vector_norm", "vector_norm", "var", "std"):
-        # Even in every sign of what stays, so the result has none.
-        made = drop(value, places, keep)
-        made = Value([d.like(sign=fixed_wire(len_(d))) for d in made.dims])
+        # Even in every sign of what stays, so the result has none; a norm even in those of what goes.
+        if name in ("var", "std"):
+            for place in places:
+                pin(value.dims[place].sign)
+        made = drop(_even(run, first, x), places, keep)
     else:
         value.pin_signs()
         made = drop(value, places, keep)
@@ -597,11 +609,9 @@ def _reduce(run: Run, out: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
         return made
     if name in ("var_mean", "std_mean"):
         return made, made
-    indexed = [value.dims[i] for i in places]
-    for d in indexed:  # the second result is where the extremum is
-        if not is_fixed(d.perm) and len(out) > 1:
-            continue
-    return made, Value([flat(d.size) if is_fixed(d.perm) else d.like(sign=fixed_wire(len_(d))) for d in made.dims])
+    for i in places:  # the second result is where the extremum is
+        value.dims[i].pin()
+    return made, Value([d.like(sign=fixed_wire(len_(d))) for d in made.dims])
 
 
 @operation("softmax", "log_softmax", "_softmax", "_log_softmax", "softmin")

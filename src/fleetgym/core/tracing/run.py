@@ -23,7 +23,7 @@ from torch.overrides import TorchFunctionMode
 
 from fleetgym.core.errors import UserError
 from fleetgym.core.tracing.build import build
-from fleetgym.core.tracing.values import Value, constant, flat, free
+from fleetgym.core.tracing.values import Value, constant, flat, free, uniform
 from fleetgym.core.tracing.wires import Conflict, leaves
 from fleetgym.core.weights import WeightSpec
 
@@ -88,6 +88,7 @@ class Run(TorchFunctionMode):
     Attributes:
         name: The operation at work.
         path: The path of the submodule at work.
+        fresh: Ids of the parameters that the operation is the first to use.
     """
 
     def __init__(self, module: nn.Module, strict: bool) -> None:
@@ -97,6 +98,7 @@ class Run(TorchFunctionMode):
         self.values: dict[int, tuple[Tensor, Value]] = {}
         self.params: dict[int, tuple[Tensor, str]] = {}
         self.used: dict[str, Value] = {}
+        self.fresh: set[int] = set()
         self.order: dict[str, float] = {}
         for key, tensor in module.state_dict(keep_vars=True).items():
             self.params.setdefault(id(tensor), (tensor, key))
@@ -122,6 +124,10 @@ class Run(TorchFunctionMode):
             self.used[key] = made
             self.values[id(tensor)] = (tensor, made)
             return made
+        # A constant of the module's own making: if its entries are equal, their order is no matter.
+        if tensor.numel() and bool((tensor == tensor.flatten()[0]).all()):
+            zero = not bool(tensor.flatten()[0])
+            return Value([flat(n) if zero else uniform(n) for n in tensor.shape], zero=zero)
         return constant(tensor.shape)
 
     def _axis(self, key: str, i: int, tensor: Tensor) -> Any:
@@ -170,6 +176,7 @@ class Run(TorchFunctionMode):
         made = _tensors(out)
         if not made or (not inputs and rule is None) or (rule is not None and not inputs and name not in _SOURCES):
             return out
+        self.fresh = {id(t) for t in inputs if id(t) in self.params and self.params[id(t)][1] not in self.used}
         values = [self.value(tensor) for tensor in inputs]
         if rule is not None:
             try:
@@ -207,6 +214,10 @@ class Run(TorchFunctionMode):
     def where(self) -> str:
         """The submodule at work, in words."""
         return f"in {self.path}" if self.path else "in the module's own forward"
+
+    def label(self, name: str) -> str:
+        """A name for a group of the submodule at work."""
+        return f"{self.path}.{name}" if self.path else name
 
     def enter(self, module: nn.Module, *_: Any) -> None:
         """A submodule starts."""
@@ -256,9 +267,7 @@ def derive_by_running(module: nn.Module, example_input: Any, *, strict: bool = T
     except UserError:
         raise
     except Exception as error:  # whatever the module's own code raises
-        raise UserError(
-            f"cannot run {kind} on the example ({run.where()}): {type(error).__name__}: {error}"
-        ) from error
+        raise UserError(f"cannot run {kind} on the example ({run.where()}): {type(error).__name__}: {error}") from error
     finally:
         for handle in handles:
             handle.remove()
@@ -295,4 +304,3 @@ def _finish(run: Run, module: nn.Module, result: Any, sources: list[int | None])
         used = run.used.get(first)
         wires[key] = [(dim.perm, dim.sign) for dim in used.dims] if used else [None] * tensor.dim()
     return build(module, wires, sources, memory)
-

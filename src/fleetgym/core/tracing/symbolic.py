@@ -155,9 +155,7 @@ class Derivation:
         if param.key not in self.dims:
             shape = param.tensor.shape
             names = [f"{param.key}:{i}" if len(shape) > 1 else param.key for i in range(len(shape))]
-            self.dims[param.key] = [
-                ([Node(n, n == 1, name)], [Node(n, n == 1, name)]) for n, name in zip(shape, names)
-            ]
+            self.dims[param.key] = [([Node(n, n == 1, name)], [Node(n, n == 1, name)]) for n, name in zip(shape, names)]
         dims = self.dims[param.key]
         return dims[::-1] if param.transposed else dims
 

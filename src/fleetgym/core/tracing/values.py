@@ -38,9 +38,7 @@ class Dim:
 
     __slots__ = ("size", "perm", "sign", "outer", "tag")
 
-    def __init__(
-        self, size: int, perm: Wire, sign: Wire, outer: Dim | None = None, tag: object | None = None
-    ) -> None:
+    def __init__(self, size: int, perm: Wire, sign: Wire, outer: Dim | None = None, tag: object | None = None) -> None:
         self.size, self.perm, self.sign, self.outer = size, perm, sign, outer
         self.tag = object() if tag is None else tag
 
@@ -430,7 +428,11 @@ def _inside(dims: list[Dim], tag: object, new: Dim | None, start: int, stop: int
             blocks = total(dim.perm)
             unit = blocks // _whole(dim, tag)
             made = Dim(
-                dim.size, cut(dim.perm, start * unit, stop * unit), cut(dim.sign, start * unit, stop * unit), at, dim.tag
+                dim.size,
+                cut(dim.perm, start * unit, stop * unit),
+                cut(dim.sign, start * unit, stop * unit),
+                at,
+                dim.tag,
             )
             changed[dim.tag] = made
     for dim in dims:

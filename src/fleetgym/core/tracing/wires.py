@@ -311,7 +311,7 @@ def _homes(leaf: Node, count: int, name: str) -> Wire:
     if count == leaf.size:
         return [leaf]
     if leaf.home is None:
-        leaf.home = Node(count, name=name or f"{leaf.name}.blocks", rank=2)
+        leaf.home = Node(count, name=name or f"{leaf.name}.blocks", rank=6)
         return [leaf.home]
     home = leaf.home.root()
     if home.size % count == 0:
@@ -319,7 +319,7 @@ def _homes(leaf: Node, count: int, name: str) -> Wire:
     if count % home.size == 0:
         if leaf.rigid:
             return spread([home], count // home.size)
-        leaf.home = Node(count, name=name or f"{leaf.name}.blocks", rank=2, home=home)
+        leaf.home = Node(count, name=name or f"{leaf.name}.blocks", rank=6, home=home)
         return [leaf.home]
     leaf.fix()
     return [Node(count, True)]
