@@ -190,16 +190,24 @@ class WeightSpec:
 
     @classmethod
     def from_module(cls, module: nn.Module, example_input: Any = None, *, strict: bool = True) -> WeightSpec:
-        """Derives the symmetry from a module by tracing it with ``torch.fx``.
+        """Derives the symmetry from a module by tracing it, and proves it on the module.
 
-        Known are linear layers, RNN, GRU and LSTM of any depth (projections, both directions), layer and RMS
-        normalisation, element-wise functions, residual sums, products, concatenation, slicing and reductions.
-        Arguments of ``forward`` that have a default take it.
+        With an example the module is run on it and every torch function that it calls is followed: linear layers,
+        convolutions, normalisations, pooling, reshapes between them, embeddings, attention (heads, and channels inside
+        a head), recurrent layers and cells, residual and concatenation paths, tied weights, loops in Python. The
+        result is proved by :meth:`verify`. What it shows holds for inputs that take the same path through ``forward``;
+        a forward that branches on values of tensors is refused. Memory in the example must be zero.
+
+        Without one the module is traced by ``torch.fx`` along the last dimension of its values only: linear layers,
+        RNN, GRU and LSTM, layer normalisation, element-wise functions, sums, products, concatenation and slicing, as
+        policies are made of. Arguments of ``forward`` that have a default take it.
+
+        Found is less than there is in two cases: inputs of grouped convolutions and of grouped queries move in whole
+        groups only, and units that an operation tells apart (sorting, fixed tables, rotary embeddings) stay.
 
         Args:
             module: The network.
-            example_input: A tensor (or a tuple of arguments) to run it on; needed only where the symmetry depends on
-                sizes that the module does not show (reshapes, indexing of inputs).
+            example_input: A tensor (or a tuple of arguments) to run it on.
             strict: Whether an operation without a rule is an error. If not, what goes through it stays fixed, which
                 is always right and finds less symmetry.
 
@@ -207,7 +215,8 @@ class WeightSpec:
             The spec.
 
         Raises:
-            UserError: The module cannot be traced, or holds an operation without a rule (its name is in the message).
+            UserError: The module cannot be traced, holds an operation without a rule or one that breaks the symmetry
+                (its name and the submodule are in the message), or the proof fails.
         """
         from fleetgym.core.tracing import derive
 

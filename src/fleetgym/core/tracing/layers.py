@@ -93,8 +93,10 @@ def _conv_transpose(run: Run, out: Tensor, x: Any, weight: Any, bias: Any = None
     return _convolution(run, out, x, weight, bias, groups, True)
 
 
-@operation(*[f"{kind}_pool{k}d{more}" for k in (1, 2, 3) for kind in ("max", "avg", "lp", "adaptive_avg", "adaptive_max")
-             for more in ("", "_with_indices")], "max_unpool2d")  # fmt: skip
+_POOLS = [f"{kind}_pool{k}d" for k in (1, 2, 3) for kind in ("max", "avg", "lp", "adaptive_avg", "adaptive_max")]
+
+
+@operation(*_POOLS, *[f"{name}_with_indices" for name in _POOLS])
 def _pool(run: Run, out: Any, x: Any, *_: Any, **__: Any) -> Any:
     value = run.value(x)
     if "avg" not in run.name:
@@ -131,7 +133,7 @@ def _pixel_shuffle(run: Run, out: Tensor, x: Any, factor: int) -> Value:
 
 
 def _channelwise(run: Run, value: Value, tensors: dict[Any, bool]) -> Value:
-    """Statistics, gains and shifts of each channel (dimension 1); the flag says whether they have the channel's sign."""
+    """Statistics, gains and shifts of each channel (dimension 1); the flag: whether they have the channel's sign."""
     dims = list(value.dims)
     place = min(1, len(dims) - 1)
     for tensor, signed in tensors.items():
@@ -182,6 +184,12 @@ def _layer_norm(run: Run, out: Tensor, x: Any, shape: Any, weight: Any = None, b
         pairs = join(list(zip(dims[len(dims) - count :], other.dims)), [signed] * count)
         dims[len(dims) - count :] = [p for p, _ in pairs]
     return Value(tidy(dims))
+
+
+@operation("_weight_norm")
+def _weight_norm(run: Run, out: Tensor, direction: Any, gain: Any, *_: Any) -> Value:
+    run.value(gain).pin_signs()  # the sign stays with the direction
+    return broadcast([run.value(direction), run.value(gain)], "product")
 
 
 @operation("prelu")

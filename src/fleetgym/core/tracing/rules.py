@@ -190,7 +190,7 @@ def name_heads(run: Run, dim: Dim, suffix: str) -> None:
             home.name, home.rank = run.label("heads"), 1
 
 
-@operation("matmul", "mm", "bmm", "mv", "dot")
+@operation("matmul", "mm", "bmm", "mv", "dot", "vdot")
 def _matmul(run: Run, out: Tensor, a: Any, b: Any) -> Value:
     return product(run, run.value(a), run.value(b))
 
@@ -211,6 +211,11 @@ def _linear(run: Run, out: Tensor, x: Any, weight: Any, bias: Any = None) -> Val
     lead = LETTERS[: len(value.dims) - 1]
     out_ = contract(value, run.value(weight), lead + "Y", "ZY", lead + "Z")
     return out_ if bias is None else broadcast([out_, run.value(bias)], "sum")
+
+
+@operation("outer", "ger")
+def _outer(run: Run, out: Tensor, a: Any, b: Any) -> Value:
+    return contract(run.value(a), run.value(b), "X", "Y", "XY")
 
 
 @operation("einsum")

@@ -163,7 +163,6 @@ class Run(TorchFunctionMode):
         if rule is None and hasattr(func, "__wrapped__") and inputs:
             with self:
                 return func(*args, **kwargs)
-        before = [tuple(tensor.shape) for tensor in inputs]
         out = func(*args, **kwargs)
         self.name = name.strip("_")
         if name in _READS and inputs and not isinstance(out, Tensor):
@@ -197,9 +196,6 @@ class Run(TorchFunctionMode):
                 "fleetgym.core.tracing.operation, pass strict=False to keep fixed what goes through it, or "
                 f"{HAND_WRITTEN}"
             )
-        for tensor, shape in zip(inputs, before):
-            if tuple(tensor.shape) != shape:
-                raise UserError(f"{self.name!r} ({self.where()}) changes the shape of a tensor in place")
         if isinstance(out, Tensor) and isinstance(result, Value):
             sizes = tuple(dim.size for dim in result.dims)
             if sizes != tuple(out.shape):

@@ -40,7 +40,6 @@ from fleetgym.core.tracing.wires import (
 )
 from fleetgym.core.weights import WeightSpec
 
-
 # ---- values ---------------------------------------------------------------------------------------------------------
 
 
@@ -712,8 +711,8 @@ def _defaults(module: nn.Module) -> dict[str, Any]:
     return out
 
 
-def derive_symbolically(module: nn.Module, example_input: Any = None, *, strict: bool = True) -> WeightSpec:
-    """See :meth:`fleetgym.core.WeightSpec.from_module`."""
+def derive_symbolically(module: nn.Module, *, strict: bool = True) -> WeightSpec:
+    """Derives the symmetry without an example; see :meth:`fleetgym.core.WeightSpec.from_module`."""
     d = Derivation(module, strict)
     kind = type(module).__name__
     sources: list[_Value] = []
@@ -725,35 +724,16 @@ def derive_symbolically(module: nn.Module, example_input: Any = None, *, strict:
     if _module_rule(module) is not None:
         # A bare layer: torch.fx does not look into it, and its own rule is all there is to say.
         result = _run(d, lambda: _module_rule(module)(d, "", module, source()), kind, "")
-        if example_input is not None:
-            _resize_source(sources[0], example_input)
         return _finish(d, module, result, sources)
 
-    examples = (
-        list(example_input) if isinstance(example_input, tuple) else [] if example_input is None else [example_input]
-    )
     concrete = _defaults(module)
-    for name, _example in zip(list(inspect.signature(module.forward).parameters), examples):
-        concrete.pop(name, None)
     try:
         graph = _Tracer().trace(module, concrete_args=concrete)
     except Exception as error:  # torch.fx raises whatever the module's own code raises on a symbolic value
         raise UserError(
             f"cannot trace {kind}: {error}; its forward must not branch or loop on the values or sizes of its inputs "
-            "(give such arguments a default, which the trace then takes)"
+            "(give such arguments a default, which the trace then takes), or pass example_input to have it run instead"
         ) from error
-    if examples:
-        traced = fx.GraphModule(module, graph)
-        inputs = iter(examples)
-        arguments = [
-            next(inputs, None) if n.target not in concrete else concrete[n.target]
-            for n in graph.nodes
-            if n.op == "placeholder"
-        ]
-        with torch.no_grad():
-            fx.passes.shape_prop.ShapeProp(traced).propagate(*arguments)
-        graph = traced.graph
-
     env: dict[fx.Node, Any] = {}
     result = None
     for node in graph.nodes:
@@ -788,8 +768,9 @@ def derive_symbolically(module: nn.Module, example_input: Any = None, *, strict:
                 out = _constant() if values else _Plain()
             elif function is None:
                 raise UserError(
-                    f"no symmetry rule for {name!r} ({where}); register one with fleetgym.core.tracing.rule, or pass "
-                    "strict=False to keep fixed what goes through it"
+                    f"no symmetry rule for {name!r} ({where}); pass example_input, with which more are "
+                    "followed, register one with fleetgym.core.tracing.rule, or pass strict=False to keep fixed what "
+                    "goes through it"
                 )
             else:
                 try:
@@ -800,11 +781,6 @@ def derive_symbolically(module: nn.Module, example_input: Any = None, *, strict:
                         raise
                     _pin_all(d, values)
                     out = _constant()
-        meta = node.meta.get("tensor_meta")
-        if isinstance(out, _Value) and hasattr(meta, "shape"):
-            out.rank = len(meta.shape)
-            if meta.shape and total(out.perm) is None:
-                resize(out.perm, meta.shape[-1])
         env[node] = out
     return _finish(d, module, result, sources)
 
@@ -841,11 +817,6 @@ def _pin_all(d: Derivation, values: list[Any]) -> None:
         rows = value.rows or [] if isinstance(value, _Memory) else [value] if isinstance(value, _Value) else []
         for row in rows:
             pin(row.perm, row.sign)
-
-
-def _resize_source(value: _Value, example: Any) -> None:
-    tensor = example[0] if isinstance(example, tuple) else example
-    resize(value.perm, tensor.shape[-1])
 
 
 def _finish(d: Derivation, module: nn.Module, result: Any, sources: list[_Value]) -> WeightSpec:
