@@ -61,10 +61,10 @@ def _unsigned(run: Run, out: Tensor, x: Any, *_: Any, **__: Any) -> Value:
 
 @operation(*EVEN.split())
 def _even(run: Run, out: Tensor, x: Any, *_: Any, **__: Any) -> Value:
-    return Value([dim.like(sign=fixed_wire(len_(dim))) for dim in run.value(x).dims])
+    return Value([dim.like(sign=fixed_wire(wire_length(dim))) for dim in run.value(x).dims])
 
 
-def len_(dim: Dim) -> int:
+def wire_length(dim: Dim) -> int:
     """The length of a dimension's wires: those of all blocks for a local one."""
     return sum(leaf.size for leaf in leaves(dim.perm))
 
@@ -522,10 +522,8 @@ def _setitem(run: Run, out: Tensor, x: Any, index: Any, item: Any) -> Value:
 
 @operation("copy")
 def _copy(run: Run, out: Tensor, x: Any, source: Any, *_: Any, **__: Any) -> Value:
-    value = run.value(source)
-    if len(value.dims) != x.dim() or x._is_view():
-        return broadcast([run.value(x), value], "sum")
-    return value
+    value = _expand(run, x, source)
+    return broadcast([run.value(x), value], "sum") if x._is_view() else value
 
 
 def pins_dims(run: Run, value: Value, dim: Any) -> list[int]:
@@ -616,7 +614,7 @@ def _reduce(run: Run, out: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
         return made, made
     for i in places:  # the second result is where the extremum is
         value.dims[i].pin()
-    return made, Value([d.like(sign=fixed_wire(len_(d))) for d in made.dims])
+    return made, Value([d.like(sign=fixed_wire(wire_length(d))) for d in made.dims])
 
 
 @operation("softmax", "log_softmax", "_softmax", "_log_softmax", "softmin")
