@@ -390,8 +390,8 @@ class WeightSpec:
         """The same symmetry without some groups: their units keep their places and signs.
 
         Args:
-            groups: Names of groups. Fixing a group that others are nested in fixes its blocks only, so their units
-                are free inside each block only while it stands; they are fixed with it.
+            groups: Names of groups. Groups that are nested in one another (heads and their channels) go together:
+                blocks cannot move when the units in them may not, and their units are not free while blocks stay.
 
         Returns:
             A spec with the same tensors and fewer groups.
