@@ -4,7 +4,8 @@ One cost for every matcher, the squared distance over all tensors together::
 
     min_g ||ref - g.theta||^2  =  const - 2 max_g F(g),     F(g) = <ref, g.theta>
 
-Per group of units, g is a signed permutation matrix. Written with P (the permutation) and D = diag(signs) P, a tensor
+Per group of units, g is a signed permutation matrix (of blocks of units, and of units inside their block, for a group
+that is nested in another). Written with P (the permutation) and D = diag(signs) P, a tensor
 that touches one group adds <U, P> or <U, D> to F, and one that touches two adds <R, M_a T M_b^T> with M in {P, D}. For
 the recurrent weights of a cell both sides are the same group: F is quadratic and the problem is a quadratic assignment,
 which is why assigning units by a linearisation alone (Git Re-Basin's weight matching) stops early.
@@ -15,7 +16,7 @@ from __future__ import annotations
 import inspect
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -90,6 +91,8 @@ class Problem:
         linear: For each group [m, n, n], the gradient of the part of F that is linear in it alone.
         singles: The tensors that touch one group.
         pairs: The tensors that touch two groups, or one twice.
+        nested: For a group whose units form blocks, the group of the blocks (heads, of channels in heads): a vertex
+            moves blocks as its units, and units inside their block.
     """
 
     sizes: dict[str, int]
@@ -97,6 +100,15 @@ class Problem:
     linear: dict[str, Tensor]
     singles: list[_Single] = field(default_factory=list)
     pairs: list[_Pair] = field(default_factory=list)
+    nested: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def families(self) -> list[list[str]]:
+        """Groups that are assigned together: each group with those nested in it."""
+        inside: dict[str, list[str]] = {}
+        for child, parent in self.nested.items():
+            inside.setdefault(parent, []).append(child)
+        return [[group, *inside.get(group, ())] for group in self.sizes if group not in self.nested]
 
     @classmethod
     def build(
@@ -123,18 +135,28 @@ class Problem:
                 t[key].detach().to(device, torch.float64).permute(order).unsqueeze(-1).flatten(len(moving))
                 for t in (reference, weights)
             )
+            if len(moving) == 1:  # one column, so that all have rows, columns and the rest
+                ref, own = ref.unsqueeze(1), own.unsqueeze(1)
             cuts = []
             for dim in moving:
                 offset, here = 0, []
-                for group, flips, size in axes[dim].segments(spec.groups):
-                    here.append((group, group is not None and flips and signed[group], slice(offset, offset + size)))
-                    offset += size
+                for group, flips, size, inner in axes[dim].segments(spec.groups):
+                    flips = group is not None and flips and signed[group]
+                    here.append((group, flips, slice(offset, offset + size * inner), size))
+                    offset += size * inner
                 cuts.append(here)
             if len(moving) == 1:
-                cuts.append([(None, False, slice(None))])
-            for group_a, flips_a, rows in cuts[0]:
-                for group_b, flips_b, columns in cuts[1]:
-                    r, t = ref[rows, columns], own[rows, columns]
+                cuts.append([(None, False, slice(None), 1)])
+            for group_a, flips_a, rows, na in cuts[0]:
+                for group_b, flips_b, columns, nb in cuts[1]:
+                    # Entries of one unit that are not told apart (pixels of a channel) join the fixed rest.
+                    r, t = (
+                        x[rows, columns]
+                        .reshape(na, (rows.stop - rows.start) // na, nb, -1, x.shape[-1])
+                        .permute(0, 2, 1, 3, 4)
+                        .flatten(2)
+                        for x in (ref, own)
+                    )
                     if group_a is not None and group_b is not None:
                         stack = stacks.setdefault((group_a, group_b, flips_a, flips_b), [])
                         stack.append((r.permute(2, 0, 1), t.permute(2, 0, 1)))
@@ -154,7 +176,7 @@ class Problem:
         }
         for single in singles:
             linear[single.group][int(single.signed)] += single.ref @ single.own.T
-        return cls(dict(spec.groups), signed, linear, singles, pairs)
+        return cls(dict(spec.groups), signed, linear, singles, pairs, dict(spec.nested))
 
     def to(self, dtype: torch.dtype) -> Problem:
         """The same problem in another precision."""
@@ -164,6 +186,7 @@ class Problem:
             {g: u.to(dtype) for g, u in self.linear.items()},
             [replace(s, ref=s.ref.to(dtype), own=s.own.to(dtype)) for s in self.singles],
             [replace(p, ref=p.ref.to(dtype), own=p.own.to(dtype)) for p in self.pairs],
+            self.nested,
         )
 
     # ---- gradients --------------------------------------------------------------------------------------------------
@@ -177,22 +200,20 @@ class Problem:
             self._add(out, p, p.own @ column.transpose(-1, -2), row @ p.own)
         return out
 
-    def gradient_at(self, vertex: Vertex, only: str | None = None) -> Point:
+    def gradient_at(self, vertex: Vertex, only: Sequence[str] | None = None) -> Point:
         """The gradient of F at signed permutations, where half of the products are mere indexing."""
         out = {
             g: u.expand(len(vertex[g][0]), *u.shape).clone()
             for g, u in self.linear.items()
-            if only is None or g == only
+            if only is None or g in only
         }
         for p in self.pairs:
-            if only not in (None, p.a, p.b):
-                continue
             right = left = None
-            if only in (None, p.a):
+            if only is None or p.a in only:
                 perm, sign = vertex[p.b]
                 right = p.own[:, :, perm].permute(2, 0, 1, 3)  # [S, F, Na, Nb]
                 right = right * sign[:, None, None] if p.column_signed else right
-            if only in (None, p.b):
+            if only is None or p.b in only:
                 perm, sign = vertex[p.a]
                 left = p.own[:, perm].transpose(0, 1)
                 left = left * sign[:, None, :, None] if p.row_signed else left
@@ -210,12 +231,31 @@ class Problem:
     # ---- points and vertices ----------------------------------------------------------------------------------------
 
     def assign(self, gradient: Point) -> Vertex:
-        """The signed permutations that maximise <gradient, .>: a linear assignment for each group and point."""
+        """The signed permutations that maximise <gradient, .>: a linear assignment for each group and point.
+
+        For a group with others nested in it the best order inside each pair of blocks comes first; what these gain is
+        added to the gain of moving the one block to the other's place.
+        """
+        host = {
+            group: (g[:, 0] + g[:, 1].abs() if self.signed[group] else g[:, 0]).cpu().numpy()
+            for group, g in gradient.items()
+        }
+        perms: dict[str, np.ndarray] = {}
+        for parent, *children in self.families:
+            if parent not in host:
+                continue
+            gain = host[parent]
+            inside = {child: _inner_assignments(host[child], self.sizes[parent]) for child in children}
+            for value, _ in inside.values():
+                gain = gain + value
+            perms[parent] = best = np.stack([linear_sum_assignment(m, maximize=True)[1] for m in gain])
+            points, places = np.arange(len(best))[:, None], np.arange(best.shape[1])
+            for child, (_, order) in inside.items():
+                chosen = order[points, places, best] + (best * order.shape[-1])[..., None]
+                perms[child] = chosen.reshape(len(best), -1)
         out = {}
         for group, g in gradient.items():
-            gain = g[:, 0] + g[:, 1].abs() if self.signed[group] else g[:, 0]
-            host = gain.cpu().numpy()
-            perm = torch.from_numpy(np.stack([linear_sum_assignment(m, maximize=True)[1] for m in host])).to(g.device)
+            perm = torch.from_numpy(perms[group]).to(g.device)
             sign = torch.ones(perm.shape, dtype=g.dtype, device=g.device)
             if self.signed[group]:
                 sign = torch.where(g[:, 1].gather(2, perm[..., None]).squeeze(-1) < 0, -sign, sign)
@@ -275,16 +315,21 @@ class Problem:
         return {g: (perm[index : index + 1], sign[index : index + 1]) for g, (perm, sign) in vertex.items()}
 
     def polish(self, vertex: Vertex, sweeps: int = 50) -> tuple[Vertex, int]:
-        """Coordinate ascent: one group's assignment at a time, kept only if the true F rises (S = 1).
+        """Coordinate ascent: one group's assignment at a time (with those nested in it), kept only if F rises (S = 1).
 
         For a group that no tensor touches twice the assignment is exact; for a recurrent one it is the linearisation.
         """
         value, steps = float(self.value_at(vertex)), 0
         for _ in range(sweeps):
             moved = False
-            for group in self.sizes:
-                trial = {**vertex, **self.assign(self.gradient_at(vertex, only=group))}
-                gain = float(self.value_at(trial)) - value
+            for family in self.families:
+                gradient = self.gradient_at(vertex, only=family)
+                best = self.assign(gradient)
+                trial = {**vertex, **best}
+                if any(p.a in family and p.b in family for p in self.pairs):
+                    gain = float(self.value_at(trial)) - value
+                else:  # F is linear in these groups alone
+                    gain = float(self.inner_at(gradient, best) - self.inner_at(gradient, vertex))
                 steps += 1
                 if gain > 1e-12 * max(1.0, abs(value)):
                     vertex, value, moved = trial, value + gain, True
@@ -303,6 +348,24 @@ class Problem:
             {g: perm[0].cpu().clone() for g, (perm, _) in vertex.items()},
             {g: sign[0].cpu().to(torch.int8) for g, (_, sign) in vertex.items()},
         )
+
+
+def _inner_assignments(gain: np.ndarray, blocks: int) -> tuple[np.ndarray, np.ndarray]:
+    """For each pair of blocks the best assignment between their units.
+
+    Args:
+        gain: [S, n, n].
+        blocks: How many blocks the n units form.
+
+    Returns:
+        What the best assignments gain, [S, blocks, blocks], and the assignments, [S, blocks, blocks, n / blocks].
+    """
+    points, n, _ = gain.shape
+    size = n // blocks
+    cells = gain.reshape(points, blocks, size, blocks, size).transpose(0, 1, 3, 2, 4).reshape(-1, size, size)
+    order = np.stack([linear_sum_assignment(cell, maximize=True)[1] for cell in cells])
+    value = np.take_along_axis(cells, order[:, :, None], 2).sum((1, 2))
+    return value.reshape(points, blocks, blocks), order.reshape(points, blocks, blocks, size)
 
 
 # ---- matchers -------------------------------------------------------------------------------------------------------
@@ -338,6 +401,8 @@ def soft_assign(problem: Problem, point: Point, inverse_temperatures: Tensor, ba
         The last point.
     """
     point = dict(point)
+    # A group that lies along no tensor of its own (heads, known by their channels only) never makes up its mind.
+    felt = {s.group for s in problem.singles} | {g for p in problem.pairs for g in (p.a, p.b)}
     for k, beta in enumerate(inverse_temperatures.tolist()):
         gradient = problem.gradient(point)
         hardness = 1.0
@@ -356,7 +421,7 @@ def soft_assign(problem: Problem, point: Point, inverse_temperatures: Tensor, ba
                 point[group] = torch.stack([plus + minus, plus - minus], 1)
             else:
                 point[group] = mass[:, None]
-            if k % 5 == 4:
+            if k % 5 == 4 and group in felt:
                 hardness = min(hardness, float(mass.amax(-1).amin()))
         if k % 5 == 4 and hardness > 0.99:
             break  # every unit has made up its mind; a lower temperature changes nothing

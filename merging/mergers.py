@@ -116,7 +116,7 @@ def restore_norms(
 
     Args:
         merged: The mean; not touched.
-        spec: The networks' symmetry; its tensors are scaled, others (input statistics) are left.
+        spec: The networks' symmetry; its tensors are scaled, buffers (statistics of inputs or batches) are left.
         state_dicts: What it is the mean of.
         coefficients: Their weights in the mean.
 
@@ -126,6 +126,8 @@ def restore_norms(
     shares = normalised(coefficients, len(state_dicts))
     out, logs = dict(merged), []
     for key in spec.cost_keys:
+        if key in spec.buffers:
+            continue
         own = float(merged[key].double().norm())
         wanted = sum(share * float(state[key].double().norm()) for share, state in zip(shares, state_dicts))
         # Equal networks come back to the bit.
@@ -152,22 +154,27 @@ def interpolate(weights_a: StateDict, weights_b: StateDict, lam: float) -> dict[
 
 def mean_distance(spec: WeightSpec, state_dicts: Sequence[StateDict]) -> float:
     """Mean squared distance between two of the state dicts, over all pairs, in float64."""
-    count = len(state_dicts)
-    if count == 2:
-        return spec.distance(*state_dicts)
+    return spec.distance(*state_dicts) if len(state_dicts) == 2 else _mean_distance(spec.cost_keys, state_dicts)
+
+
+def _mean_distance(keys: Sequence[str], state_dicts: Sequence[StateDict]) -> float:
     spread = 0.0
-    for key in spec.cost_keys:
+    for key in keys:
         stack = torch.stack([state[key].double() for state in state_dicts])
         # The sum over pairs is N times the sum around the mean.
         spread += float((stack - stack.mean(0)).square().sum())
-    return 2.0 * spread / max(1, count - 1)
+    return 2.0 * spread / max(1, len(state_dicts) - 1)
 
 
 def point_the_same_way(spec: WeightSpec, states: Sequence[StateDict]) -> bool:
-    """Whether the mean cosine between two networks exceeds 1/2, as it does after a shared initialisation."""
-    keys = [key for key in spec.cost_keys if not all(axis.fixed for axis in spec.axes[key])]
+    """Whether the mean cosine between two networks exceeds 1/2, as it does after a shared initialisation.
+
+    Only matrices and filters are asked: gains and running variances lie near one in unrelated networks, too.
+    """
+    keys = [key for key in spec.cost_keys if not all(axis.fixed for axis in spec.axes[key]) and key not in spec.buffers]
+    keys = [key for key in keys if len(spec.axes[key]) > 1] or keys
     squares = sum(float(state[key].double().square().sum()) for state in states for key in keys) / len(states)
-    return mean_distance(spec, states) < squares  # ||a - b||^2 = 2 |a|^2 (1 - cosine)
+    return _mean_distance(keys, states) < squares  # ||a - b||^2 = 2 |a|^2 (1 - cosine)
 
 
 def wants_norms(norms: bool | str, spec: WeightSpec, states: Sequence[StateDict]) -> bool:
