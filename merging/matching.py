@@ -15,7 +15,7 @@ from __future__ import annotations
 import inspect
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -50,7 +50,7 @@ class MatchResult:
 
 @dataclass
 class _Single:
-    """A tensor [N, K] that touches one group; K folds all fixed dimensions."""
+    """A tensor [S, N, K] that touches one group; K folds all fixed dimensions."""
 
     group: str
     signed: bool
@@ -60,7 +60,10 @@ class _Single:
 
 @dataclass
 class _Pair:
-    """Tensors [F, Na, Nb] that touch groups a (rows) and b (columns); F stacks gates and fixed dimensions."""
+    """Tensors [S, Na, F, Nb] that touch groups a (rows) and b (columns); F stacks gates and fixed dimensions.
+
+    Laid out so that every product with them is one matrix product over all frames.
+    """
 
     a: str
     b: str
@@ -69,25 +72,21 @@ class _Pair:
     ref: Tensor
     own: Tensor
 
-    def __post_init__(self) -> None:
-        frames, na, nb = self.ref.shape
-        # The frames folded into one matrix product: sum_f R_f X_f^T and sum_f R_f^T X_f.
-        self.by_row = self.ref.permute(1, 0, 2).reshape(na, frames * nb)
-        self.by_column = self.ref.permute(2, 0, 1).reshape(nb, frames * na)
 
-
+# S counts points. A problem holds one pair of networks, at which any number of points is looked at, or S pairs, each
+# with a point of its own.
 Vertex = dict[str, tuple[Tensor, Tensor]]  # for each group perm [S, n] and sign [S, n]
 Point = dict[str, Tensor]  # for each group [S, m, n, n]: P, and D where signs are searched (m = 2)
 
 
 @dataclass
 class Problem:
-    """The objective F of one pair of networks, and its gradient, for S points at once.
+    """The objective F of one pair of networks, or of S of them, and its gradient, for S points at once.
 
     Attributes:
         sizes: Units of each group.
         signed: Whether signs of the group are searched.
-        linear: For each group [m, n, n], the gradient of the part of F that is linear in it alone.
+        linear: For each group [S, m, n, n], the gradient of the part of F that is linear in it alone.
         singles: The tensors that touch one group.
         pairs: The tensors that touch two groups, or one twice.
     """
@@ -139,21 +138,19 @@ class Problem:
                         stack = stacks.setdefault((group_a, group_b, flips_a, flips_b), [])
                         stack.append((r.permute(2, 0, 1), t.permute(2, 0, 1)))
                     elif group_a is not None:
-                        singles.append(_Single(group_a, flips_a, r.flatten(1), t.flatten(1)))
+                        singles.append(_Single(group_a, flips_a, r.flatten(1)[None], t.flatten(1)[None]))
                     elif group_b is not None:
                         r, t = r.transpose(0, 1).flatten(1), t.transpose(0, 1).flatten(1)
-                        singles.append(_Single(group_b, flips_b, r, t))
+                        singles.append(_Single(group_b, flips_b, r[None], t[None]))
         pairs = [
-            _Pair(
-                *names, torch.cat([r for r, _ in blocks]).contiguous(), torch.cat([t for _, t in blocks]).contiguous()
-            )
+            _Pair(*names, *(torch.cat(side).transpose(0, 1).contiguous()[None] for side in zip(*blocks)))
             for names, blocks in stacks.items()
         ]
         linear = {
-            g: torch.zeros(1 + signed[g], n, n, dtype=torch.float64, device=device) for g, n in spec.groups.items()
+            g: torch.zeros(1, 1 + signed[g], n, n, dtype=torch.float64, device=device) for g, n in spec.groups.items()
         }
         for single in singles:
-            linear[single.group][int(single.signed)] += single.ref @ single.own.T
+            linear[single.group][:, int(single.signed)] += single.ref @ single.own.mT
         return cls(dict(spec.groups), signed, linear, singles, pairs)
 
     def to(self, dtype: torch.dtype) -> Problem:
@@ -166,46 +163,85 @@ class Problem:
             [replace(p, ref=p.ref.to(dtype), own=p.own.to(dtype)) for p in self.pairs],
         )
 
+    @classmethod
+    def stack(cls, problems: Sequence[Problem]) -> Problem:
+        """Several pairs of networks of one architecture as one problem; point s belongs to pair s."""
+        first = problems[0]
+        if len(problems) == 1:
+            return first
+
+        def joined(lists: Sequence[Sequence[Any]]) -> list[Any]:
+            return [
+                replace(parts[0], ref=torch.cat([p.ref for p in parts]), own=torch.cat([p.own for p in parts]))
+                for parts in zip(*lists)
+            ]
+
+        linear = {g: torch.cat([problem.linear[g] for problem in problems]) for g in first.sizes}
+        singles, pairs = joined([p.singles for p in problems]), joined([p.pairs for p in problems])
+        return cls(first.sizes, first.signed, linear, singles, pairs)
+
+    @property
+    def count(self) -> int:
+        """How many pairs of networks there are."""
+        return next((len(u) for u in self.linear.values()), 1)
+
     # ---- gradients --------------------------------------------------------------------------------------------------
 
     def gradient(self, point: Point) -> Point:
         """The gradient of F at a point (dense)."""
-        out = {g: u.expand(len(point[g]), *u.shape).clone() for g, u in self.linear.items()}
+        out = {g: u.expand(len(point[g]), *u.shape[1:]).clone() for g, u in self.linear.items()}
         for p in self.pairs:
-            column = point[p.b][:, int(p.column_signed), None]
-            row = point[p.a][:, int(p.row_signed), None]
-            self._add(out, p, p.own @ column.transpose(-1, -2), row @ p.own)
+            row, column = point[p.a][:, int(p.row_signed)], point[p.b][:, int(p.column_signed)]
+            _, na, frames, nb = p.own.shape
+            self._add(out, p, p.own.flatten(1, 2) @ column.mT, row @ p.own.flatten(2))
         return out
 
     def gradient_at(self, vertex: Vertex, only: str | None = None) -> Point:
         """The gradient of F at signed permutations, where half of the products are mere indexing."""
         out = {
-            g: u.expand(len(vertex[g][0]), *u.shape).clone()
+            g: u.expand(len(vertex[g][0]), *u.shape[1:]).clone()
             for g, u in self.linear.items()
             if only is None or g == only
         }
         for p in self.pairs:
-            if only not in (None, p.a, p.b):
-                continue
-            right = left = None
-            if only in (None, p.a):
-                perm, sign = vertex[p.b]
-                right = p.own[:, :, perm].permute(2, 0, 1, 3)  # [S, F, Na, Nb]
-                right = right * sign[:, None, None] if p.column_signed else right
-            if only in (None, p.b):
-                perm, sign = vertex[p.a]
-                left = p.own[:, perm].transpose(0, 1)
-                left = left * sign[:, None, :, None] if p.row_signed else left
+            right = self._columns_moved(p, vertex) if only in (None, p.a) else None
+            left = self._rows_moved(p, vertex) if only in (None, p.b) else None
             self._add(out, p, right, left)
         return out
 
+    @staticmethod
+    def _columns_moved(p: _Pair, vertex: Vertex) -> Tensor:
+        """T M_b^T, [S, Na, F, Nb]."""
+        perm, sign = vertex[p.b]
+        own = p.own.expand(len(perm), *p.own.shape[1:])
+        moved = own.gather(3, perm[:, None, None].expand(own.shape))
+        return moved.mul_(sign[:, None, None]) if p.column_signed else moved
+
+    @staticmethod
+    def _rows_moved(p: _Pair, vertex: Vertex) -> Tensor:
+        """M_a T, [S, Na, F, Nb]."""
+        perm, sign = vertex[p.a]
+        moved = p.own[torch.arange(len(perm), device=perm.device)[:, None] if len(p.own) > 1 else 0, perm]
+        return moved * sign[:, :, None, None] if p.row_signed else moved
+
     def _add(self, out: Point, p: _Pair, right: Tensor | None, left: Tensor | None) -> None:
-        """Adds the gradient by the rows, R (T M_b^T)^T, and by the columns, R^T (M_a T); both are [S, F, Na, Nb]."""
-        frames, na, nb = p.ref.shape
+        """Adds the gradient by the rows, R (T M_b^T)^T, and by the columns, R^T (M_a T), summed over frames."""
+        _, na, frames, nb = p.ref.shape
         if right is not None and p.a in out:
-            out[p.a][:, int(p.row_signed)] += p.by_row @ right.transpose(-1, -2).reshape(len(right), frames * nb, na)
+            out[p.a][:, int(p.row_signed)] += p.ref.flatten(2) @ right.reshape(-1, na, frames * nb).mT
         if left is not None and p.b in out:
-            out[p.b][:, int(p.column_signed)] += p.by_column @ left.reshape(len(left), frames * na, nb)
+            out[p.b][:, int(p.column_signed)] += p.ref.flatten(1, 2).mT @ left.reshape(-1, na * frames, nb)
+
+    def own_share(self, group: str, vertex: Vertex) -> Tensor | float:
+        """The part of F that is quadratic in one group alone, [S]: that of tensors which touch it twice."""
+        total: Tensor | float = 0.0
+        for p in self.pairs:
+            if p.a == p.b == group:
+                perm, sign = vertex[group]
+                moved = self._rows_moved(p, vertex).gather(3, perm[:, None, None].expand(-1, *p.own.shape[1:]))
+                moved = moved * sign[:, None, None] if p.column_signed else moved
+                total = total + (p.ref * moved).sum((1, 2, 3))
+        return total
 
     # ---- points and vertices ----------------------------------------------------------------------------------------
 
@@ -247,12 +283,12 @@ class Problem:
     def value_at(self, vertex: Vertex, gradient: Point | None = None) -> Tensor:
         """F at signed permutations, [S]."""
         gradient = self.gradient_at(vertex) if gradient is None else gradient
-        linear = {g: self.linear[g][None] for g in gradient}
-        linear = {g: u.expand(len(vertex[g][0]), *u.shape[1:]) for g, u in linear.items()}
+        linear = {g: self.linear[g].expand(len(vertex[g][0]), -1, -1, -1) for g in gradient}
         return 0.5 * (self.inner_at(gradient, vertex) + self.inner_at(linear, vertex))
 
-    def identity(self, count: int = 1) -> Vertex:
-        """The identity, S times."""
+    def identity(self, count: int | None = None) -> Vertex:
+        """The identity, S times; once for each pair of networks by default."""
+        count = self.count if count is None else count
         return {
             g: (
                 torch.arange(n, device=u.device).expand(count, n).clone(),
@@ -261,56 +297,86 @@ class Problem:
             for (g, n), u in zip(self.sizes.items(), self.linear.values())
         }
 
-    def barycentre(self, count: int = 1) -> Point:
+    def barycentre(self, count: int | None = None) -> Point:
         """The centre of the polytope: all permutations and signs equally."""
+        count = self.count if count is None else count
         out = {}
         for group, n in self.sizes.items():
             u = self.linear[group]
-            out[group] = torch.zeros(count, len(u), n, n, dtype=u.dtype, device=u.device)
+            out[group] = torch.zeros(count, u.shape[1], n, n, dtype=u.dtype, device=u.device)
             out[group][:, 0] = 1.0 / n
         return out
 
-    def pick(self, vertex: Vertex, index: int) -> Vertex:
-        """One of the S vertices, as S = 1."""
-        return {g: (perm[index : index + 1], sign[index : index + 1]) for g, (perm, sign) in vertex.items()}
+    def choose(self, first: Tensor, a: Vertex, b: Vertex) -> Vertex:
+        """For each of the S points that of ``a`` where ``first`` [S] is true, else that of ``b``."""
+        first = first[:, None]
+        return {g: tuple(torch.where(first, x, y.to(x)) for x, y in zip(a[g], b[g])) for g in a}
 
-    def polish(self, vertex: Vertex, sweeps: int = 50) -> tuple[Vertex, int]:
-        """Coordinate ascent: one group's assignment at a time, kept only if the true F rises (S = 1).
+    def polish(self, vertex: Vertex, sweeps: int = 50, tolerance: float = 1e-12) -> tuple[Vertex, int]:
+        """Coordinate ascent: one group's assignment at a time, kept only if the true F rises.
 
         For a group that no tensor touches twice the assignment is exact; for a recurrent one it is the linearisation.
+        The rise follows from the gradient of that group and the part of F that is quadratic in it.
+
+        Args:
+            vertex: Where to start.
+            sweeps: Most passes over the groups.
+            tolerance: A rise below this fraction of F does not count.
+
+        Returns:
+            Where no assignment raises F, and the number of assignments.
         """
-        value, steps = float(self.value_at(vertex)), 0
-        for _ in range(sweeps):
-            moved = False
-            for group in self.sizes:
-                trial = {**vertex, **self.assign(self.gradient_at(vertex, only=group))}
-                gain = float(self.value_at(trial)) - value
-                steps += 1
-                if gain > 1e-12 * max(1.0, abs(value)):
-                    vertex, value, moved = trial, value + gain, True
-            if not moved:
+        scale, steps = self.value_at(vertex).abs().clamp(min=1.0), 0
+        groups, quiet = list(self.sizes), 0
+        for step in range(sweeps * len(groups)):
+            group = groups[step % len(groups)]
+            gradient = self.gradient_at(vertex, only=group)
+            trial = {**vertex, **self.assign(gradient)}
+            # F = <L, v> + q(v) and the gradient is L + q'(v), with <q'(v), w> linear in w.
+            rise = self.inner_at(gradient, trial) - self.inner_at(gradient, vertex)
+            if any(p.a == p.b == group for p in self.pairs):
+                rise = rise - self._bent(group, vertex, trial)
+            steps += len(rise)
+            better = rise > tolerance * scale
+            if bool(better.any()):
+                vertex, quiet = self.choose(better, trial, vertex), 0
+            else:
+                quiet += 1
+            if quiet >= len(groups):  # each group has had its turn since the last move
                 break
         return vertex, steps
 
-    def spread(self) -> float:
-        """Standard deviation of the gains of single assignments: the unit of temperature."""
-        start = self.assign({g: u[None] for g, u in self.linear.items()})
-        return max(float(g.std()) for g in self.gradient_at(start).values()) if self.sizes else 0.0
+    def _bent(self, group: str, vertex: Vertex, trial: Vertex) -> Tensor:
+        """What the linearisation at ``vertex`` promises at ``trial`` above the truth, by the quadratic part, [S]."""
+        out = 0.0
+        for p in self.pairs:
+            if p.a == p.b == group:
+                slope = {group: torch.zeros_like(self.linear[group]).expand(len(vertex[group][0]), -1, -1, -1).clone()}
+                self._add(slope, p, self._columns_moved(p, vertex), self._rows_moved(p, vertex))
+                out = out + self.inner_at(slope, trial) - self.inner_at(slope, vertex)
+        return out - (self.own_share(group, trial) - self.own_share(group, vertex))
 
-    def element(self, vertex: Vertex) -> Element:
-        """The group element of a vertex (S = 1)."""
+    def spread(self, gradient: Point | None = None) -> Tensor:
+        """Standard deviation of the gains of single assignments, [S]: the unit of temperature."""
+        if gradient is None:
+            gradient = self.gradient_at(self.assign(self.linear))
+        return torch.stack([g.flatten(1).std(1) for g in gradient.values()]).amax(0)
+
+    def element(self, vertex: Vertex, index: int = 0) -> Element:
+        """The group element of one of the S vertices."""
         return Element(
-            {g: perm[0].cpu().clone() for g, (perm, _) in vertex.items()},
-            {g: sign[0].cpu().to(torch.int8) for g, (_, sign) in vertex.items()},
+            {g: perm[index].cpu().clone() for g, (perm, _) in vertex.items()},
+            {g: sign[index].cpu().to(torch.int8) for g, (_, sign) in vertex.items()},
         )
 
 
 # ---- matchers -------------------------------------------------------------------------------------------------------
-# A matcher takes a problem, a torch generator and options, and returns a vertex (S = 1) and the number of steps.
+# A matcher takes a problem (of one pair of networks, or of S), a torch generator and options, and returns a vertex, one
+# point a pair, and the number of steps.
 
 
 def lap(problem: Problem, generator: torch.Generator, *, sweeps: int = 50) -> tuple[Vertex, int]:
-    """Coordinate-wise linear assignment from the identity (Git Re-Basin's weight matching, guarded by the true cost).
+    """Coordinate-wise linear assignment from the identity, group after group, guarded by the true cost.
 
     Args:
         problem: The objective.
@@ -318,6 +384,40 @@ def lap(problem: Problem, generator: torch.Generator, *, sweeps: int = 50) -> tu
         sweeps: Most passes over the groups.
     """
     return problem.polish(problem.identity(), sweeps)
+
+
+def git_rebasin(problem: Problem, generator: torch.Generator, *, sweeps: int = 100) -> tuple[Vertex, int]:
+    """Git Re-Basin's weight matching: groups in random order, each assigned exactly, until a pass changes nothing.
+
+    The baseline of the literature: for a recurrent group the linearisation is taken at its word, without looking
+    whether the distance falls (as the published algorithm, which assumes that no tensor touches a group twice, would).
+    The best pass is returned, and :func:`match` keeps the identity where that is better.
+
+    Source: Ainsworth, Hayase and Srinivasa, "Git Re-Basin: Merging Models modulo Permutation Symmetries", ICLR 2023,
+    algorithm 1. Signs, where they are searched, are ours.
+
+    Args:
+        problem: The objective.
+        generator: Draws the orders.
+        sweeps: Most passes over the groups.
+    """
+    vertex, steps = problem.identity(), 0
+    best, values = vertex, problem.value_at(vertex)
+    groups = list(problem.sizes)
+    for _ in range(sweeps):
+        before = vertex
+        for i in torch.randperm(len(groups), generator=generator).tolist():
+            gradient = problem.gradient_at(vertex, only=groups[i])
+            trial = problem.assign(gradient)
+            gain = problem.inner_at(gradient, trial) - problem.inner_at(gradient, {groups[i]: vertex[groups[i]]})
+            moves = gain > 1e-12 * values.abs().clamp(min=1.0)
+            vertex = {**vertex, **problem.choose(moves, trial, {groups[i]: vertex[groups[i]]})}
+            steps += problem.count
+        now = problem.value_at(vertex)
+        best, values = problem.choose(now > values, vertex, best), torch.maximum(now, values)
+        if all(torch.equal(x, y) for g in groups for x, y in zip(before[g], vertex[g])):
+            break
+    return best, steps
 
 
 def soft_assign(problem: Problem, point: Point, inverse_temperatures: Tensor, balance: int = 2) -> Point:
@@ -331,33 +431,28 @@ def soft_assign(problem: Problem, point: Point, inverse_temperatures: Tensor, ba
     Args:
         problem: The objective.
         point: Where to start, [S, m, n, n] a group; it is not touched.
-        inverse_temperatures: [steps].
+        inverse_temperatures: [steps], or [steps, S].
         balance: Row and column normalisations at each step.
 
     Returns:
         The last point.
     """
     point = dict(point)
-    for k, beta in enumerate(inverse_temperatures.tolist()):
+    for k, beta in enumerate(inverse_temperatures):
         gradient = problem.gradient(point)
         hardness = 1.0
         for group, g in gradient.items():
-            n = problem.sizes[group]
-            logits = torch.cat([g[:, 0] + g[:, 1], g[:, 0] - g[:, 1]], -1) if problem.signed[group] else g[:, 0]
-            mass = torch.exp(beta * (logits - logits.amax(-1, keepdim=True))).clamp_(min=1e-30)
+            # Axes: point, sign, unit of the reference, unit moved there.
+            signed = problem.signed[group]
+            mass = torch.stack([g[:, 0] + g[:, 1], g[:, 0] - g[:, 1]], 1) if signed else g
+            mass -= mass.amax((1, 3), keepdim=True)
+            mass.mul_(beta.view(-1, 1, 1, 1)).exp_().clamp_(min=1e-30)
             for _ in range(balance):
-                mass = mass / mass.sum(-1, keepdim=True)
-                columns = mass.sum(1, keepdim=True)
-                if problem.signed[group]:
-                    columns = (columns[..., :n] + columns[..., n:]).repeat(1, 1, 2)
-                mass = mass / columns
-            if problem.signed[group]:
-                plus, minus = mass[..., :n], mass[..., n:]
-                point[group] = torch.stack([plus + minus, plus - minus], 1)
-            else:
-                point[group] = mass[:, None]
+                mass /= mass.sum((1, 3), keepdim=True)
+                mass /= mass.sum((1, 2), keepdim=True)
+            point[group] = torch.stack([mass[:, 0] + mass[:, 1], mass[:, 0] - mass[:, 1]], 1) if signed else mass
             if k % 5 == 4:
-                hardness = min(hardness, float(mass.amax(-1).amin()))
+                hardness = min(hardness, float(mass.amax((1, 3)).amin()))
         if k % 5 == 4 and hardness > 0.99:
             break  # every unit has made up its mind; a lower temperature changes nothing
     return point
@@ -372,23 +467,23 @@ def ascend(problem: Problem, point: Point, iterations: int, tolerance: float = 1
     Source: Vogelstein et al., "Fast approximate quadratic programming for graph matching", PLoS ONE 2015; signs are
     ours.
     """
-    gradient, steps = problem.gradient(point), 0
+    point, gradient, steps = dict(point), problem.gradient(point), 0
     for _ in range(iterations):
         vertex = problem.assign(gradient)
-        at_vertex = problem.gradient_at(vertex)
         best, here = problem.inner_at(gradient, vertex), problem.inner(gradient, point)
         slope = best - here
-        bend = 0.5 * (problem.inner_at(at_vertex, vertex) - problem.inner(at_vertex, point) - slope)
-        # A convex segment is best at its end; on a concave one the parabola has its top inside or beyond.
-        step = torch.where(bend < 0, (-slope / (2 * bend.clamp(max=-1e-300))).clamp(0, 1), torch.ones_like(slope))
-        steps += len(step)
-        corner = problem.dense(vertex)
-        for group in point:
-            size = step[:, None, None, None]
-            point[group] = point[group] + size * (corner[group] - point[group])
-            gradient[group] = gradient[group] + size * (at_vertex[group] - gradient[group])
         if bool((slope <= tolerance * best.abs()).all()):
             break
+        at_vertex = problem.gradient_at(vertex)
+        bend = 0.5 * (problem.inner_at(at_vertex, vertex) - problem.inner(at_vertex, point) - slope)
+        # A convex segment is best at its end; on a concave one the parabola has its top inside or beyond.
+        step = torch.where(bend < 0, (-slope / (2 * bend.clamp(max=-1e-30))).clamp(0, 1), torch.ones_like(slope))
+        steps += len(step)
+        corner = problem.dense(vertex)
+        size = step[:, None, None, None]
+        for group in point:
+            point[group] = torch.lerp(point[group], corner[group], size)
+            gradient[group] = torch.lerp(gradient[group], at_vertex[group], size)
     return point, steps
 
 
@@ -397,7 +492,7 @@ def frank_wolfe(
     generator: torch.Generator,
     *,
     iterations: int = 100,
-    annealing: int = 80,
+    annealing: int = 40,
     restarts: int = 1,
     thorough: bool = False,
 ) -> tuple[Vertex, int]:
@@ -418,46 +513,61 @@ def frank_wolfe(
         restarts: How often the best is warmed up again.
         thorough: Whether to search where the identity looks right, too.
     """
+    # The search needs no precision: what it ends in is rounded to a vertex, valued and polished in float64.
+    rough = problem.to(torch.float32)
     identity = problem.identity()
-    gradient = problem.gradient_at(identity)
-    vertex = problem.assign(gradient)
-    stationary = float(problem.inner_at(gradient, vertex) - problem.inner_at(gradient, identity))
-    blocks = [*problem.singles, *problem.pairs]
-    norm = math.sqrt(math.prod(math.fsum(float(getattr(b, n).square().sum()) for b in blocks) for n in ("ref", "own")))
-    if not thorough and stationary <= 1e-9 * norm and float(problem.value_at(identity)) > 0.5 * norm:
-        return identity, 1
+    start = problem.value_at(identity)
+    norm = _norm(problem)
+    # A stationary identity promises nothing; single precision tells where the question is open at all.
+    if not thorough and bool((start > 0.5 * norm).all()):
+        gradient = problem.gradient_at(identity)
+        vertex = problem.assign(gradient)
+        if bool((problem.inner_at(gradient, vertex) - problem.inner_at(gradient, identity) <= 1e-9 * norm).all()):
+            return identity, problem.count
 
-    found: list[tuple[float, Vertex]] = [(float(problem.value_at(identity)), identity)]
-    total = 0
+    best, values, total = identity, start, 0
 
     def climb(point: Point) -> None:
-        nonlocal total
-        point, steps = ascend(problem, point, iterations)
+        nonlocal best, values, total
+        point, steps = ascend(rough, point, iterations, 1e-5)
+        found = {g: (perm, sign.double()) for g, (perm, sign) in rough.assign(point).items()}
+        now = problem.value_at(found)
+        best, values = problem.choose(now > values, found, best), torch.maximum(now, values)
         total += steps
-        vertex = problem.assign(point)
-        found.extend((float(v), problem.pick(vertex, i)) for i, v in enumerate(problem.value_at(vertex)))
-        found[:] = [max(found, key=lambda pair: pair[0])]
 
-    spread = problem.spread()
-    # The annealing needs no precision: what it ends in is climbed, rounded and valued in float64.
-    rough = problem.to(torch.float32)
-    if annealing and spread > 0:
-        betas = torch.logspace(0, math.log10(9), annealing) / spread
-        climb({g: x.double() for g, x in soft_assign(rough, rough.barycentre(), betas).items()})
-        total += annealing
+    spread = rough.spread()
+    if annealing and bool((spread > 0).all()):
+        climb(
+            soft_assign(
+                rough, rough.barycentre(), torch.logspace(0, math.log10(9), annealing)[:, None].to(spread) / spread
+            )
+        )
+        total += annealing * problem.count
+        for _ in range(restarts):
+            betas = (
+                torch.logspace(math.log10(4), math.log10(9), max(1, annealing * 3 // 8))[:, None].to(spread) / spread
+            )
+            centre, hard = rough.barycentre(), rough.dense({g: (p, s.float()) for g, (p, s) in best.items()})
+            for g in centre:
+                noise = torch.randn(centre[g].shape, generator=generator).to(centre[g])
+                centre[g] = 0.8 * centre[g] + 0.2 * hard[g] + 0.05 / math.sqrt(problem.sizes[g]) * noise
+            climb(soft_assign(rough, centre, betas))
+            total += len(betas) * problem.count
     else:
-        starts = (problem.dense(identity), problem.barycentre())
-        climb({g: torch.cat([start[g] for start in starts]) for g in problem.sizes})
-    for _ in range(restarts if annealing and spread > 0 else 0):
-        betas = torch.logspace(math.log10(4), math.log10(9), max(1, annealing * 3 // 8)) / spread
-        centre, best = rough.barycentre(), rough.dense({g: (p, s.float()) for g, (p, s) in found[0][1].items()})
-        for g in centre:
-            noise = torch.randn(centre[g].shape, generator=generator).to(centre[g])
-            centre[g] = 0.8 * centre[g] + 0.2 * best[g] + 0.05 / math.sqrt(problem.sizes[g]) * noise
-        climb({g: x.double() for g, x in soft_assign(rough, centre, betas).items()})
-        total += len(betas)
-    vertex, steps = problem.polish(found[0][1])
-    return vertex, total + steps
+        for point in (rough.dense(rough.identity()), rough.barycentre()):
+            climb(point)
+    vertex, steps = rough.polish({g: (p, s.float()) for g, (p, s) in best.items()}, tolerance=1e-5)
+    vertex, more = problem.polish({g: (p, s.double()) for g, (p, s) in vertex.items()})
+    return vertex, total + steps + more
+
+
+def _norm(problem: Problem) -> Tensor:
+    """|ref| |own| over all that moves, for each pair of networks, [S]."""
+    sides = []
+    for name in ("ref", "own"):
+        blocks = [getattr(block, name) for block in (*problem.singles, *problem.pairs)]
+        sides.append(sum((block.flatten(1).square().sum(1) for block in blocks), torch.zeros(problem.count)).sqrt())
+    return sides[0] * sides[1]
 
 
 def sinkhorn(
@@ -488,7 +598,7 @@ def sinkhorn(
     rough = problem.to(torch.float32)
     logits = {}
     for g, n in problem.sizes.items():
-        noise = 0.1 * torch.randn(1, n, n * (2 if problem.signed[g] else 1), generator=generator)
+        noise = 0.1 * torch.randn(problem.count, n, n * (2 if problem.signed[g] else 1), generator=generator)
         logits[g] = noise.to(rough.linear[g].device).requires_grad_()
 
     def soften() -> Point:
@@ -511,13 +621,14 @@ def sinkhorn(
     if not logits:
         return problem.identity(), 0
     optimiser = torch.optim.Adam(logits.values(), lr=rate)
+    frames = [(p, p.ref.transpose(1, 2).contiguous(), p.own.transpose(1, 2).contiguous()) for p in rough.pairs]
     with torch.enable_grad():
         for _ in range(steps):
             point = soften()
-            loss = sum((s.ref - point[s.group][0, int(s.signed)] @ s.own).square().sum() for s in rough.singles)
-            for p in rough.pairs:
-                rows, columns = point[p.a][0, int(p.row_signed)], point[p.b][0, int(p.column_signed)]
-                loss = loss + (p.ref - rows @ p.own @ columns.T).square().sum()
+            loss = sum((s.ref - point[s.group][:, int(s.signed)] @ s.own).square().sum() for s in rough.singles)
+            for p, ref, own in frames:
+                rows, columns = point[p.a][:, int(p.row_signed), None], point[p.b][:, int(p.column_signed), None]
+                loss = loss + (ref - rows @ own @ columns.mT).square().sum()
             optimiser.zero_grad()
             loss.backward()
             optimiser.step()
