@@ -213,7 +213,9 @@ def matching() -> list[Comparison]:
     for hidden in (64, 128, 256):
         policies = _pair(lambda hidden=hidden: RecurrentPolicy(44, 4, hidden=hidden))
         spec, states = WeightSpec.from_module(policies[0]), [policy.state_dict() for policy in policies]
-        sides = [lambda m=m, spec=spec, states=states: match(spec, *states, method=m) for m in ("frank_wolfe", "sinkhorn")]
+        sides = [
+            lambda m=m, spec=spec, states=states: match(spec, *states, method=m) for m in ("frank_wolfe", "sinkhorn")
+        ]
         rows.append(
             Comparison(
                 "alignments",

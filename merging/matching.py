@@ -185,6 +185,19 @@ class Problem:
         """How many pairs of networks there are."""
         return next((len(u) for u in self.linear.values()), 1)
 
+    def thin(self, part: int, parts: int) -> Problem:
+        """An estimate of the problem that costs a fraction of it: every ``parts``-th frame of convolution kernels.
+
+        Pairs with fewer than twice as many frames as parts stay whole. The mean over all parts is the problem itself.
+        """
+        pairs = [
+            replace(p, ref=parts * p.ref[:, :, part::parts].contiguous(), own=p.own[:, :, part::parts].contiguous())
+            if p.own.shape[2] >= 2 * parts and p.own.shape[2] % parts == 0
+            else p
+            for p in self.pairs
+        ]
+        return replace(self, pairs=pairs)
+
     # ---- gradients --------------------------------------------------------------------------------------------------
 
     def gradient(self, point: Point) -> Point:
@@ -321,6 +334,7 @@ class Problem:
         """Coordinate ascent: one group's assignment at a time, kept only if the true F rises.
 
         For a group that no tensor touches twice the assignment is exact; for a recurrent one it is the linearisation.
+
         Args:
             vertex: Where to start.
             sweeps: Most passes over the groups.
@@ -330,18 +344,23 @@ class Problem:
             Where no assignment raises F, and the number of assignments.
         """
         scale, steps = self.value_at(vertex).abs().clamp(min=1.0), 0
-        groups, quiet = list(self.sizes), 0
-        for step in range(sweeps * len(groups)):
-            group = groups[step % len(groups)]
-            trial = {**vertex, **self.assign(self.gradient_at(vertex, only=group))}
-            rise = self._share(group, trial) - self._share(group, vertex)
-            steps += len(rise)
-            better = rise > tolerance * scale
-            if bool(better.any()):
-                vertex, quiet = self.choose(better, trial, vertex), 0
-            else:
-                quiet += 1
-            if quiet >= len(groups):  # each group has had its turn since the last move
+        # A group's best assignment changes only when a group that it shares a tensor with moves.
+        touched = {g: {h for p in self.pairs if g in (p.a, p.b) for h in (p.a, p.b) if h != g} for g in self.sizes}
+        for p in self.pairs:
+            if p.a == p.b:
+                touched[p.a].add(p.a)
+        waiting = dict.fromkeys(self.sizes, True)
+        for _ in range(sweeps):
+            for group in [group for group, waits in waiting.items() if waits]:
+                waiting[group] = False
+                trial = {**vertex, **self.assign(self.gradient_at(vertex, only=group))}
+                rise = self._share(group, trial) - self._share(group, vertex)
+                steps += len(rise)
+                better = rise > tolerance * scale
+                if bool(better.any()):
+                    vertex = self.choose(better, trial, vertex)
+                    waiting.update(dict.fromkeys(touched[group], True))
+            if not any(waiting.values()):
                 break
         return vertex, steps
 
@@ -409,7 +428,13 @@ def git_rebasin(problem: Problem, generator: torch.Generator, *, sweeps: int = 1
     return best, steps
 
 
-def soft_assign(problem: Problem, point: Point, inverse_temperatures: Tensor, balance: int = 2) -> Point:
+def soft_assign(
+    problem: Problem,
+    point: Point,
+    inverse_temperatures: Tensor,
+    balance: int = 2,
+    parts: Sequence[Problem] = (),
+) -> Point:
     """Follows the maximum of F + entropy as the temperature falls (graduated assignment).
 
     At each temperature every group becomes the doubly stochastic matrix nearest in entropy to exp(gradient / T); with
@@ -422,13 +447,14 @@ def soft_assign(problem: Problem, point: Point, inverse_temperatures: Tensor, ba
         point: Where to start, [S, m, n, n] a group; it is not touched.
         inverse_temperatures: [steps], or [steps, S].
         balance: Row and column normalisations at each step.
+        parts: Estimates of the problem (:meth:`Problem.thin`) whose gradients are used in turn; its own if empty.
 
     Returns:
         The last point.
     """
     point = dict(point)
     for k, beta in enumerate(inverse_temperatures):
-        gradient = problem.gradient(point)
+        gradient = (parts[k % len(parts)] if parts else problem).gradient(point)
         hardness = 1.0
         for group, g in gradient.items():
             # Axes: point, sign, unit of the reference, unit moved there.
@@ -456,6 +482,8 @@ def ascend(problem: Problem, point: Point, iterations: int, tolerance: float = 1
     Source: Vogelstein et al., "Fast approximate quadratic programming for graph matching", PLoS ONE 2015; signs are
     ours.
     """
+    if not iterations:
+        return point, 0
     point, gradient, steps = dict(point), problem.gradient(point), 0
     for _ in range(iterations):
         vertex = problem.assign(gradient)
@@ -499,12 +527,13 @@ def frank_wolfe(
         generator: Draws the perturbations of the restarts.
         iterations: Most Frank-Wolfe steps from each start.
         annealing: Temperatures of the annealing; with 0, Frank-Wolfe starts from the barycentre and the identity. If
-            None, 40, and 16 where a group has 256 units or more: wide layers need fewer.
+            None, 40; 16 where a group has 256 units or more, 8 from 512 on: wide layers need fewer.
         restarts: How often the best is warmed up again. If None, once, and not at all for wide layers.
         thorough: Whether to search where the identity looks right, too.
     """
     wide = max(problem.sizes.values(), default=0) >= 256
-    annealing = (16 if wide else 40) if annealing is None else annealing
+    if annealing is None:
+        annealing = 40 if not wide else 16 if max(problem.sizes.values()) < 512 else 8
     restarts = (0 if wide else 1) if restarts is None else restarts
     # The search needs no precision: what it ends in is rounded to a vertex, valued and polished in float64.
     rough = problem.to(torch.float32)
@@ -530,12 +559,10 @@ def frank_wolfe(
         total += steps
 
     spread = rough.spread()
+    parts = [rough.thin(k, 3) for k in range(3)] if any(p.own.shape[2] >= 6 for p in rough.pairs) else []
     if annealing and bool((spread > 0).all()):
-        climb(
-            soft_assign(
-                rough, rough.barycentre(), torch.logspace(0, math.log10(9), annealing)[:, None].to(spread) / spread
-            )
-        )
+        betas = torch.logspace(0, math.log10(9), annealing)[:, None].to(spread) / spread
+        climb(soft_assign(rough, rough.barycentre(), betas, parts=parts))
         total += annealing * problem.count
         for _ in range(restarts):
             betas = (
@@ -545,14 +572,17 @@ def frank_wolfe(
             for g in centre:
                 noise = torch.randn(centre[g].shape, generator=generator).to(centre[g])
                 centre[g] = 0.8 * centre[g] + 0.2 * hard[g] + 0.05 / math.sqrt(problem.sizes[g]) * noise
-            climb(soft_assign(rough, centre, betas))
+            climb(soft_assign(rough, centre, betas, parts=parts))
             total += len(betas) * problem.count
     else:
         for point in (rough.dense(rough.identity()), rough.barycentre()):
             climb(point)
     vertex, steps = rough.polish({g: (p, s.float()) for g, (p, s) in best.items()}, tolerance=1e-5)
-    vertex, more = problem.polish({g: (p, s.double()) for g, (p, s) in vertex.items()})
-    return vertex, total + steps + more
+    vertex, total = {g: (p, s.double()) for g, (p, s) in vertex.items()}, total + steps
+    if not wide:
+        vertex, steps = problem.polish(vertex)
+        total += steps
+    return vertex, total
 
 
 def _norm(problem: Problem) -> Tensor:
@@ -638,6 +668,7 @@ def match(
     method: str = "frank_wolfe",
     *,
     signs: bool = True,
+    guard: bool = True,
     device: str | torch.device = "cpu",
     seed: int = 0,
     **options: Any,
@@ -648,8 +679,9 @@ def match(
         spec: The symmetry of the network.
         reference: Weights to come near to.
         weights: Weights to move; not touched.
-        method: ``lap``, ``frank_wolfe`` or ``sinkhorn``, or a registered matcher.
+        method: ``lap``, ``git_rebasin``, ``frank_wolfe``, ``sinkhorn`` or ``activations``, or a registered matcher.
         signs: Whether to search signs as well as permutations.
+        guard: Whether the identity is returned where what the method finds is not nearer.
         device: Where to compute; assignments run on the CPU in any case.
         seed: Seeds what is random in the method.
         options: Options of the method.
@@ -660,23 +692,73 @@ def match(
     Raises:
         UserError: Unknown method or option, weights that do not fit the spec, or NaN or infinite weights.
     """
+    return match_many(
+        spec, [reference], [weights], method, signs=signs, guard=guard, device=device, seed=seed, **options
+    )[0]
+
+
+@torch.no_grad()
+def match_many(
+    spec: WeightSpec,
+    references: Sequence[StateDict],
+    weights: Sequence[StateDict],
+    method: str = "frank_wolfe",
+    *,
+    signs: bool = True,
+    guard: bool = True,
+    device: str | torch.device = "cpu",
+    seed: int = 0,
+    **options: Any,
+) -> list[MatchResult]:
+    """:func:`match` for several pairs of one architecture, as one batch.
+
+    Small networks gain most: the products of all pairs are one batched product. The pairs share the stopping rules, so
+    an element may differ from that of the pair alone; ``seconds`` and ``iterations`` are shared out equally.
+
+    Args:
+        spec: The symmetry of the networks.
+        references: Weights to come near to, one a pair.
+        weights: Weights to move, one a pair.
+        method: See :func:`match`.
+        signs: See :func:`match`.
+        guard: See :func:`match`.
+        device: See :func:`match`.
+        seed: See :func:`match`.
+        options: See :func:`match`.
+
+    Returns:
+        A result a pair.
+
+    Raises:
+        UserError: As :func:`match`, or not as many references as weights.
+    """
     start = time.process_time()
     matcher = MATCHERS.get(method)
     check_options(f"matcher {method!r}", matcher, options, skip=("problem", "generator"))
-    for name, state in (("reference", reference), ("weights", weights)):
-        spec.validate(state, name=name)
-        check_finite(state, name)
-    identity = spec.identity()
-    before = spec.distance(reference, weights)
-    if before == 0.0 or not spec.groups:
-        return MatchResult(identity, before, before, time.process_time() - start, 0)
-    problem = Problem.build(spec, reference, weights, signs=signs, device=str(device))
-    vertex, iterations = matcher(problem, torch.Generator().manual_seed(seed), **options)
-    element = problem.element(vertex)
-    after = spec.distance(reference, spec.apply(weights, element))
-    if not after < before:
-        element, after = identity, before
-    return MatchResult(element, before, after, time.process_time() - start, iterations)
+    if len(references) != len(weights):
+        raise UserError(f"{len(references)} references for {len(weights)} networks; give one a network")
+    alone = len(weights) == 1
+    for i, pair in enumerate(zip(references, weights)):
+        for name, state in zip(("reference", "weights"), pair):
+            name = name if alone else f"{name} {i}"
+            spec.validate(state, name=name)
+            check_finite(state, name)
+    before = [spec.distance(a, b) for a, b in zip(references, weights)]
+    results = [MatchResult(spec.identity(), d, d, 0.0, 0) for d in before]
+    open_pairs = [i for i, d in enumerate(before) if d > 0.0 and spec.groups]
+    if open_pairs:
+        problem = Problem.stack(
+            [Problem.build(spec, references[i], weights[i], signs=signs, device=str(device)) for i in open_pairs]
+        )
+        vertex, iterations = matcher(problem, torch.Generator().manual_seed(seed), **options)
+        for place, i in enumerate(open_pairs):
+            element = problem.element(vertex, place)
+            after = spec.distance(references[i], spec.apply(weights[i], element))
+            if guard and not after < before[i]:
+                element, after = spec.identity(), before[i]
+            results[i] = MatchResult(element, before[i], after, 0.0, iterations // len(open_pairs))
+    seconds = (time.process_time() - start) / max(1, len(weights))
+    return [replace(result, seconds=seconds) for result in results]
 
 
 def check_finite(state: StateDict, name: str) -> None:

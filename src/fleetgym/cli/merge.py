@@ -89,7 +89,6 @@ def main(argv: Sequence[str]) -> int:
     from fleetgym.core.checkpoint import Checkpoint
     from fleetgym.core.run import find_checkpoint
     from fleetgym.merging import merge
-
     from fleetgym.merging.streaming import METHODS, merge_files
 
     paths = [find_checkpoint(path) for path in options.runs]
