@@ -40,11 +40,15 @@ class ImitationConfig:
     """Adam's step size at the end."""
     gradient_clip: float = 1.0
     """Largest norm of one robot's gradient."""
+    proximal: float = 0.0
+    """FedProx's mu: half of it times the squared distance to the weights last received is added to the loss."""
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "learning_rate", "gradient_clip"):
             if not getattr(self, name) > 0:
                 raise UserError(f"{name}={getattr(self, name)}: it must be positive")
+        if not self.proximal >= 0:
+            raise UserError(f"proximal={self.proximal}: it must not be negative")
 
 
 class FleetLearner:
@@ -101,6 +105,8 @@ class FleetLearner:
         self.episodes = torch.tensor([len(batch.observations) for batch in demonstrations])
         self.optimizer = torch.optim.Adam(self.stack.parameters(), lr=config.learning_rate, foreach=True)
         self.step_count = 0
+        self.received: dict[str, Tensor] = {}
+        """The weights that training is held near to, with ``proximal``."""
 
     @staticmethod
     def _stacked(tensors: Sequence[Tensor]) -> Tensor:
@@ -150,6 +156,7 @@ class FleetLearner:
             self.optimizer.zero_grad(set_to_none=True)
             # The sum keeps robots apart: each one's gradient is that of its own loss.
             loss.sum().backward()
+            self._hold()
             self._clip()
             self.optimizer.step()
             self.step_count += 1
@@ -157,6 +164,23 @@ class FleetLearner:
             bad = torch.nonzero(~torch.isfinite(loss)).flatten().tolist()
             raise UserError(f"the loss of robot(s) {bad} is not finite at step {self.step_count}; lower learning_rate")
         return loss.detach().cpu()
+
+    def receive(self, state_dicts: Sequence[Mapping[str, Tensor]]) -> None:
+        """Takes weights from the server: one state dict a robot, or one for all.
+
+        With ``proximal`` the robots are held near to them from now on (Li et al., "Federated Optimization in
+        Heterogeneous Networks", MLSys 2020, equation 2: FedProx).
+        """
+        self.stack.load(state_dicts)
+        if self.config.proximal:
+            self.received = {name: p.detach().clone() for name, p in self.stack.named_parameters()}
+
+    @torch.no_grad()
+    def _hold(self) -> None:
+        """Adds the gradient of the proximal term."""
+        for name, parameter in self.stack.named_parameters() if self.received else ():
+            if parameter.grad is not None:
+                parameter.grad.add_(parameter - self.received[name], alpha=self.config.proximal)
 
     @torch.no_grad()
     def _clip(self) -> None:
@@ -178,6 +202,7 @@ class FleetLearner:
         for name, parameter in zip(names, self.stack.parameters()):
             for key, value in self.optimizer.state.get(parameter, {}).items():
                 tensors[f"adam/{key}/{name}"] = value
+        tensors |= {f"received/{name}": value for name, value in self.received.items()}
         return tensors, {"step": self.step_count}
 
     @torch.no_grad()
@@ -197,4 +222,9 @@ class FleetLearner:
                 self.optimizer.state[parameter] = {
                     key: value if key == "step" else value.to(parameter.device) for key, value in moments.items()
                 }
+        self.received = {
+            name: tensors[f"received/{name}"].to(parameter.device).clone()
+            for name, parameter in self.stack.named_parameters()
+            if f"received/{name}" in tensors
+        }
         self.step_count = int(meta["step"])

@@ -1,7 +1,7 @@
 """``fleetgym bench one_shot``: robots trained apart on different tasks, merged once; what else must be sent?
 
-Takes the robots that ``fleetgym bench fleet_merge`` trained alone (its row ``alone_own``) and merges them once, by every
-merger, with what the robots would send beside their weights computed from their own demonstrations. Rows:
+Takes the robots that ``fleetgym bench fleet_merge`` trained alone (its row ``alone_own``) and merges them once, by
+every merger, with what the robots would send beside their weights computed from their own demonstrations. Rows:
 
 - weights alone: ``average``, ``fleet_merge``, ``universe``;
 - statistics in place of data: ``fisher``, ``regmean`` (aligned or not), ``refit_last``: the trunk merged by ``regmean``
@@ -207,5 +207,7 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
             f"{mine[0]['bytes_beside']:,} | {cost:.1f} |"
         )
     first = rows[0]
-    tail = f"{first['robots']} robots, {first['episodes']} episodes a seed, {first['bytes_of_weights']:,} bytes of weights."
-    return "\n".join([*lines, "", tail, ""])
+    tail = (
+        f"{first['robots']} robots, {first['episodes']} episodes a seed, {first['bytes_of_weights']:,} bytes of weights"
+    )
+    return "\n".join([*lines, "", f"{tail}.", ""])

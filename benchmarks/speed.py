@@ -123,6 +123,7 @@ class _Block(nn.Module):
             self.around = nn.Sequential(nn.Conv2d(before, after, 1, stride, bias=False), nn.BatchNorm2d(after))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:  # [B, before, H, W] -> [B, after, H', W']
+        """Applies the block."""
         y = self.bn2(self.conv2(torch.relu(self.bn1(self.conv1(x)))))
         return torch.relu(y + self.around(x))
 
@@ -141,6 +142,7 @@ class ResNet18(nn.Module):
         self.head = nn.Linear(512, classes)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:  # [B, 3, H, W] -> [B, classes]
+        """Gives the classes' logits."""
         return self.head(self.blocks(torch.relu(self.bn(self.conv(x)))).mean((2, 3)))
 
     def spec(self) -> Any:
@@ -196,8 +198,8 @@ def _pair(make: Callable[[], nn.Module]) -> list[nn.Module]:
 def matching() -> list[Comparison]:
     """Aligning two networks by Frank-Wolfe: beside the Sinkhorn operator, and beside weight matching in PyTorch.
 
-    The peer of the last is ``rebasin`` (PyPI, 0.0.47), which restates Git Re-Basin's coordinate descent for PyTorch; its
-    tracing is not counted. Each row says the squared distance that either side ends at.
+    The peer of the last is ``rebasin`` (PyPI, 0.0.47), which restates Git Re-Basin's coordinate descent for PyTorch;
+    its tracing is not counted. Each row says the squared distance that either side ends at.
     """
     import copy
 

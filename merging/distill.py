@@ -78,8 +78,8 @@ def _fresh(module: nn.Module, weights: StateDict, seed: int) -> nn.Module:
                 continue
             if not callable(getattr(part, "reset_parameters", None)):
                 raise UserError(
-                    f"{name or 'the policy'} ({type(part).__name__}) has no reset_parameters() to begin anew; give start="
-                    "an index, the policy to begin from"
+                    f"{name or 'the policy'} ({type(part).__name__}) has no reset_parameters() to begin anew; give "
+                    "start=an index, the policy to begin from"
                 )
             part.reset_parameters()
     return student

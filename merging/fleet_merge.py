@@ -239,9 +239,9 @@ def align(
         max_passes: Most passes over the networks.
         options: ``matcher`` (``frank_wolfe``, ``lap``, ``git_rebasin``, ``sinkhorn`` or a registered matcher) and its
             own options; ``signs``, whether to search sign flips as well as permutations; ``reference``, what the first
-            pass matches to: ``"first"`` or an index, that network and those placed after it, ``"mean"``, the mean of all
-            others, for networks that share their initialisation, ``"auto"``, the mean if the networks point the same
-            way already; ``coefficients``, weights of the networks in the means; ``tolerance``, passes end when the
+            pass matches to: ``"first"`` or an index, that network and those placed after it, ``"mean"``, the mean of
+            all others, for networks that share their initialisation, ``"auto"``, the mean if they point the same way
+            already; ``coefficients``, weights of the networks in the means; ``tolerance``, passes end when the
             distance falls by less than this fraction; ``device``, where the matcher computes; ``seed``, seeds the
             matcher.
 

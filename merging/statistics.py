@@ -388,7 +388,7 @@ def sketch(module: nn.Module, batch: SequenceBatch, *, segments: int = 4, ridge:
 
     Returns:
         ``mean`` [Do] and ``scale`` [Do] (0 where nothing varies) of observations; in standardised units and for the Dv
-        dimensions that vary ``initial_mean`` [Dv], ``initial_covariance`` and ``noise`` [K, ...] (packed upper triangles),
+        dimensions that vary ``initial_mean`` [Dv], ``initial_covariance`` and ``noise`` [K, ...] (packed triangles),
         ``transition`` [K, Dv, Dv + Da + 1]; ``starts`` [K] int64, the first step of each segment; ``length`` [2] int64,
         the mean and the longest episode.
 

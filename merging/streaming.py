@@ -139,8 +139,8 @@ def _reader(
         for key, wanted in (("class", first.architecture), ("config", first.config)):
             if document.get(key) != wanted:
                 raise UserError(
-                    f"{file} cannot be merged with {files[0]}: its {key} is {document.get(key)!r}, not {wanted!r}; merge "
-                    "policies of one kind"
+                    f"{file} cannot be merged with {files[0]}: its {key} is {document.get(key)!r}, not {wanted!r}; "
+                    "merge policies of one kind"
                 )
         if MEAN in first.weights and STD in first.weights:
             tensors = load_tensors(current_folder(file) / WEIGHTS)

@@ -110,8 +110,8 @@ def ties(
 ) -> Merged:
     """The merger ``ties``: task vectors are trimmed, their signs elected, and those that agree averaged.
 
-    Of each tau_i the ``keep`` largest entries stay; each entry's sign is that of the sum over policies; the mean is over
-    the policies that have it; theta = base + scaling * mean.
+    Of each tau_i the ``keep`` largest entries stay; each entry's sign is that of the sum over policies; the mean is
+    over the policies that have it; theta = base + scaling * mean.
 
     Source: Yadav et al., "TIES-Merging: Resolving Interference When Merging Models", NeurIPS 2023, algorithm 1.
 

@@ -152,8 +152,8 @@ def _state_dicts(options: Options) -> int:
 
     if options.spec is None:
         raise UserError(
-            "plain state dicts do not say what network they are of: give --spec, the JSON file of its WeightSpec, written "
-            "by write_json(path, WeightSpec.from_module(network).to_dict())"
+            "plain state dicts do not say what network they are of: give --spec, the JSON file of its WeightSpec, "
+            "written by write_json(path, WeightSpec.from_module(network).to_dict())"
         )
     if options.out.suffix != ".safetensors":
         raise UserError(f"--out {options.out}: merged state dicts are written to a .safetensors file")
