@@ -587,10 +587,10 @@ def frank_wolfe(
 
 def _norm(problem: Problem) -> Tensor:
     """|ref| |own| over all that moves, for each pair of networks, [S]."""
-    sides = []
-    for name in ("ref", "own"):
-        blocks = [getattr(block, name) for block in (*problem.singles, *problem.pairs)]
-        sides.append(sum((block.flatten(1).square().sum(1) for block in blocks), torch.zeros(problem.count)).sqrt())
+    blocks = [*problem.singles, *problem.pairs]
+    if not blocks:
+        return torch.zeros(problem.count)
+    sides = [sum(getattr(block, name).flatten(1).square().sum(1) for block in blocks).sqrt() for name in ("ref", "own")]
     return sides[0] * sides[1]
 
 
