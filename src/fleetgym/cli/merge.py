@@ -34,7 +34,7 @@ class Options:
     """Replace a checkpoint at --out."""
 
     matcher: str | None = None
-    """How to align: lap, frank_wolfe or sinkhorn; the merger's own choice by default."""
+    """How to align: frank_wolfe, lap, git_rebasin or sinkhorn; the merger's own choice by default."""
 
     signs: bool = True
     """Whether the alignment may flip signs of units, where the network allows it."""
