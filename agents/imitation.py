@@ -43,11 +43,15 @@ class ImitationConfig:
     """Adam's step size at the end."""
     gradient_clip: float = 1.0
     """Largest norm of one robot's gradient."""
+    proximal: float = 0.0
+    """FedProx's mu: half of it times the squared distance to the weights last received is added to the loss."""
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "learning_rate", "gradient_clip"):
             if not getattr(self, name) > 0:
                 raise UserError(f"{name}={getattr(self, name)}: it must be positive")
+        if not self.proximal >= 0:
+            raise UserError(f"proximal={self.proximal}: it must not be negative")
 
 
 class FleetLearner:
@@ -104,6 +108,8 @@ class FleetLearner:
         self.episodes = torch.tensor([len(batch.observations) for batch in demonstrations])
         self.optimizer = torch.optim.Adam(self.stack.parameters(), lr=config.learning_rate, foreach=True)
         self.step_count = 0
+        self.received: dict[str, Tensor] = {}
+        """The weights that training is held near to, with ``proximal``."""
 
     @staticmethod
     def _stacked(tensors: Sequence[Tensor]) -> Tensor:
@@ -151,6 +157,7 @@ class FleetLearner:
                 group["lr"] = self.learning_rate(self.step_count)
             self.optimizer.zero_grad(set_to_none=True)
             loss = self._backward(observations, actions, mask)
+            self._hold()
             self._clip()
             self.optimizer.step()
             self.step_count += 1
@@ -196,6 +203,23 @@ class FleetLearner:
             losses.index_add_(0, owner[rows], share.detach())
         return losses
 
+    def receive(self, state_dicts: Sequence[Mapping[str, Tensor]]) -> None:
+        """Takes weights from the server: one state dict a robot, or one for all.
+
+        With ``proximal`` the robots are held near to them from now on (Li et al., "Federated Optimization in
+        Heterogeneous Networks", MLSys 2020, equation 2: FedProx).
+        """
+        self.stack.load(state_dicts)
+        if self.config.proximal:
+            self.received = {name: p.detach().clone() for name, p in self.stack.named_parameters()}
+
+    @torch.no_grad()
+    def _hold(self) -> None:
+        """Adds the gradient of the proximal term."""
+        for name, parameter in self.stack.named_parameters() if self.received else ():
+            if parameter.grad is not None:
+                parameter.grad.add_(parameter - self.received[name], alpha=self.config.proximal)
+
     @torch.no_grad()
     def _clip(self) -> None:
         """Clips each robot's gradient by its own norm."""
@@ -221,6 +245,7 @@ class FleetLearner:
         if policy.config != self.stack.config:
             raise UserError(f"policy of configuration {policy.config}, the robots' have {self.stack.config}")
         self.stack = PolicyStack([policy]).to(self.device)
+        self.received = {}
         self.optimizer = torch.optim.Adam(self.stack.parameters(), lr=self.config.learning_rate, foreach=True)
 
     def forget_moments(self) -> None:
@@ -234,6 +259,7 @@ class FleetLearner:
         for name, parameter in zip(names, self.stack.parameters()):
             for key, value in self.optimizer.state.get(parameter, {}).items():
                 tensors[f"adam/{key}/{name}"] = value
+        tensors |= {f"received/{name}": value for name, value in self.received.items()}
         return tensors, {"step": self.step_count}
 
     @torch.no_grad()
@@ -253,4 +279,9 @@ class FleetLearner:
                 self.optimizer.state[parameter] = {
                     key: value if key == "step" else value.to(parameter.device) for key, value in moments.items()
                 }
+        self.received = {
+            name: tensors[f"received/{name}"].to(parameter.device).clone()
+            for name, parameter in self.stack.named_parameters()
+            if f"received/{name}" in tensors
+        }
         self.step_count = int(meta["step"])

@@ -124,12 +124,20 @@ def restore_norms(
         The scaled state dict, and the geometric mean of the factors.
     """
     shares = normalised(coefficients, len(state_dicts))
+    norms = {
+        key: sum(share * float(state[key].double().norm()) for share, state in zip(shares, state_dicts))
+        for key in spec.cost_keys
+        if key not in spec.buffers
+    }
+    return scale_to(merged, norms)
+
+
+@torch.no_grad()
+def scale_to(merged: StateDict, norms: Mapping[str, float]) -> tuple[dict[str, Tensor], float]:
+    """:func:`restore_norms` where the norms are known: scales each tensor to its norm."""
     out, logs = dict(merged), []
-    for key in spec.cost_keys:
-        if key in spec.buffers:
-            continue
+    for key, wanted in norms.items():
         own = float(merged[key].double().norm())
-        wanted = sum(share * float(state[key].double().norm()) for share, state in zip(shares, state_dicts))
         # Equal networks come back to the bit.
         if own > 0 and wanted > 0 and abs(wanted / own - 1) > 1e-6:
             out[key] = merged[key] * (wanted / own)
@@ -240,6 +248,10 @@ def merge(method: str, policies: Sequence[Any], **options: Any) -> MergeResult:
         spec.validate(state, name=name)
     states = _renormalised(names, modules, states, shares)
 
+    if "module" in inspect.signature(merger).parameters:
+        if modules[0] is None:
+            raise UserError(f"merger {method!r} runs the policies: give modules or checkpoints, not state dicts")
+        options["module"] = modules[0]
     before = mean_distance(spec, states)
     weights, elements, history = merger(spec, states, **options)
     aligned = [spec.apply(state, element) for state, element in zip(states, elements)]
@@ -251,7 +263,7 @@ def merge(method: str, policies: Sequence[Any], **options: Any) -> MergeResult:
 
 def _check_names(method: str, merger: Any, options: Mapping[str, Any]) -> None:
     parameters = inspect.signature(merger).parameters
-    known = [name for name, p in parameters.items() if p.kind is not p.VAR_KEYWORD][2:]
+    known = [name for name, p in parameters.items() if p.kind is not p.VAR_KEYWORD and name != "module"][2:]
     if "matcher" in parameters:
         matcher = MATCHERS.get(options.get("matcher", parameters["matcher"].default))
         known += list(inspect.signature(matcher).parameters)[2:]
@@ -260,6 +272,9 @@ def _check_names(method: str, merger: Any, options: Mapping[str, Any]) -> None:
     for name in options:
         if name not in known:
             raise unknown(f"option of merger {method!r}", name, known)
+    for name, p in parameters.items():
+        if p.kind is p.KEYWORD_ONLY and p.default is p.empty and name != "module" and name not in options:
+            raise UserError(f"merger {method!r} needs {name}=...; see fleetgym.merging and docs/merging.md")
 
 
 def _load(policies: Any) -> tuple[list[str], list[nn.Module | None], WeightSpec | None, list[dict[str, Tensor]]]:
@@ -323,6 +338,16 @@ def _check_alike(names: Sequence[str], modules: Sequence[nn.Module | None], stat
             raise UserError(f"{name} cannot be merged with {names[0]}: {'; '.join(said)}; merge policies of one kind")
 
 
+def pooled(means: Sequence[Tensor], stds: Sequence[Tensor], shares: Sequence[float]) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation of pooled data, in float64, from those of its parts."""
+    mean = sum(share * m.double() for share, m in zip(shares, means))
+    # The variance of pooled data: the mean variance plus the variance of the means.
+    variance = sum(
+        share * (s.double().square() + (m.double() - mean).square()) for share, m, s in zip(shares, means, stds)
+    )
+    return mean, variance.sqrt()
+
+
 def _renormalised(
     names: Sequence[str],
     modules: Sequence[nn.Module | None],
@@ -343,15 +368,11 @@ def _renormalised(
                 f"{names[differs[0]]} normalises observations by other statistics than {names[0]}, and {name} has no "
                 "renormalise(mean, std) to bring them together; train all with the same statistics"
             )
-    means = [state[MEAN].double() for state in states]
-    variances = [state[STD].double().square() for state in states]
-    mean = sum(share * m for share, m in zip(shares, means))
-    # The variance of pooled data: the mean variance plus the variance of the means.
-    variance = sum(share * (v + (m - mean).square()) for share, m, v in zip(shares, means, variances))
+    mean, std = pooled([state[MEAN] for state in states], [state[STD] for state in states], shares)
     copies = []
     for module in modules:
         module = copy.deepcopy(module)
         with torch.no_grad():
-            module.renormalise(mean.to(states[0][MEAN]), variance.sqrt().to(states[0][STD]))
+            module.renormalise(mean.to(states[0][MEAN]), std.to(states[0][STD]))
         copies.append({key: value.detach() for key, value in module.state_dict().items()})
     return [{key: value.to(states[0][key].device) for key, value in state.items()} for state in copies]
