@@ -138,7 +138,7 @@ class CloningRobot:
         try:
             if order.weights is not None:
                 normaliser = {f"normaliser.{name}": value for name, value in order.normaliser.items()}
-                learner.stack.load([{**normaliser, **order.weights}])
+                learner.receive([{**normaliser, **order.weights}])
                 if self._done.get("round", 0) == 0:
                     learner.forget_moments()
             learner.step_count = order.step

@@ -394,7 +394,7 @@ def train(job: Job, fleet: Fleet, run: Run, report: Callable[[int, str], None]) 
             if notes:
                 facts = {"distance_before": notes[0].get("distance"), "distance_after": notes[-1].get("distance")}
                 history.append({"round": number, **facts, "norm_factor": notes[-1].get("norm_factor", 1.0)})
-            learner.stack.load([weights])
+            learner.receive([weights])
             if number == 0:
                 learner.forget_moments()
                 if shared:

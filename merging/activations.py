@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from fleetgym.core.errors import UserError
-from fleetgym.core.weights import Axis, StateDict, WeightSpec
+from fleetgym.core.weights import Axis, StateDict, WeightSpec, evaluating
 from fleetgym.merging.matching import Problem, Vertex
 
 
@@ -89,15 +89,12 @@ def _activations(
             hooks.append(layer.register_forward_hook(lambda _, __, y, a=axis, c=channel: note(a, y, c)))
         elif isinstance(layer, nn.RNNBase) and not (layer.bidirectional or layer.proj_size):
             hooks.append(layer.register_forward_hook(_recurrent(spec, dot, note), with_kwargs=False))
-    modes = {m: m.training for m in module.modules()}
-    module.eval()
     try:
-        torch.func.functional_call(module, dict(weights), arguments)
+        with evaluating(module):
+            torch.func.functional_call(module, dict(weights), arguments)
     finally:
         for hook in hooks:
             hook.remove()
-        for m, mode in modes.items():
-            m.training = mode
     return found
 
 

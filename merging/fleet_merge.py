@@ -16,12 +16,7 @@ from torch import Tensor
 from fleetgym.core.errors import UserError
 from fleetgym.core.weights import Element, StateDict, WeightSpec
 from fleetgym.merging.matching import match
-from fleetgym.merging.mergers import (
-    average,
-    normalised,
-    restore_norms,
-    wants_norms,
-)
+from fleetgym.merging.mergers import average, norm_keys, normalised, pointing_keys, restore_norms, wants_norms
 
 
 class RunningMean:
@@ -37,8 +32,9 @@ class RunningMean:
         self.spec = spec
         self.mean: dict[str, Tensor] = {}
         self.total = 0.0
-        self._counted = frozenset(spec.cost_keys)
-        self._squares = 0.0  # sum_i c_i |theta_i - mean|^2
+        self._counted, self._pointing = frozenset(spec.cost_keys), frozenset(pointing_keys(spec))
+        # sum_i c_i |theta_i - mean|^2 over the tensors that count, and over those that show the direction.
+        self._squares = [0.0, 0.0]
 
     def change(self, state: StateDict, weight: float) -> None:
         """Adds a network, or takes one out again (a negative weight)."""
@@ -46,21 +42,26 @@ class RunningMean:
             self.mean = {k: v.double() if v.is_floating_point() else v.clone() for k, v in state.items()}
         old, self.total = self.total, self.total + weight
         if abs(self.total) < 1e-12:  # nobody left: the next one is the mean
-            self.mean, self.total, self._squares = {}, 0.0, 0.0
+            self.mean, self.total, self._squares = {}, 0.0, [0.0, 0.0]
             return
-        share, apart = weight / self.total, 0.0
+        share, apart = weight / self.total, [0.0, 0.0]
         for key, value in state.items():
             if not value.is_floating_point():
                 continue
             difference = value.double() - self.mean[key]
             if key in self._counted:
-                apart += float(difference.square().sum())
+                square = float(difference.square().sum())
+                apart[0] += square
+                apart[1] += square if key in self._pointing else 0.0
             self.mean[key] = self.mean[key].add_(difference, alpha=share)
-        self._squares = max(0.0, self._squares + old * share * apart)
+        self._squares = [max(0.0, so_far + old * share * more) for so_far, more in zip(self._squares, apart)]
 
-    def distance(self, count: int) -> float:
-        """Mean squared distance over all pairs of ``count`` networks that were added with equal weights."""
-        return 2.0 * count * self._squares / self.total / max(1, count - 1) if self.total else 0.0
+    def distance(self, count: int, *, pointing: bool = False) -> float:
+        """Mean squared distance over all pairs of ``count`` networks that were added with equal weights.
+
+        With ``pointing`` only over the tensors of :func:`fleetgym.merging.mergers.pointing_keys`.
+        """
+        return 2.0 * count * self._squares[pointing] / self.total / max(1, count - 1) if self.total else 0.0
 
     def weights(self, like: StateDict) -> dict[str, Tensor]:
         """The mean, in the types and on the devices of ``like``."""
@@ -88,8 +89,8 @@ class Aligned:
         mean: The weighted mean of the moved networks.
         distance: Their mean squared distance over all pairs.
         history: As :func:`align` gives it.
-        norms: For each counted tensor the weighted mean of the networks' norms, which no element changes.
-        agree: Whether the moved networks point the same way (mean cosine above 1/2).
+        norms: For each tensor of ``norm_keys`` the weighted mean of the networks' norms, which no element changes.
+        agree: Whether the moved networks point the same way (``point_the_same_way``).
     """
 
     elements: list[Element]
@@ -147,8 +148,8 @@ def align_one_by_one(
         raise UserError(f"max_passes={max_passes}: it must not be negative")
     # The distance is over all pairs alike, whatever the weights in the mean.
     weighted = any(share != 1.0 for share in shares)
-    turning = [key for key in spec.cost_keys if not all(axis.fixed for axis in spec.axes[key])]
-    norms, squares, like = dict.fromkeys(spec.cost_keys, 0.0), 0.0, {}
+    pointing = frozenset(pointing_keys(spec))
+    norms, squares, like = dict.fromkeys(norm_keys(spec), 0.0), 0.0, {}
 
     def means() -> tuple[RunningMean, RunningMean]:
         mean = RunningMean(spec)
@@ -164,19 +165,19 @@ def align_one_by_one(
         state = get()
         like = like or {key: value.new_empty(0) for key, value in state.items()}
         put(both, state, share)
-        for key in spec.cost_keys:
+        for key in norms:
             norm = float(state[key].double().norm())
             norms[key] += share / count * norm
-            squares += norm * norm / count if key in turning else 0.0
+            squares += norm * norm / count if key in pointing else 0.0
         del state
     distance = first = both[1].distance(count)
     elements = [spec.identity() for _ in read]
     history: list[dict[str, Any]] = [{"pass": 0, "distance": distance, "moved": 0, "seconds": 0.0}]
     if reference == "auto":
-        reference = "mean" if distance < squares else "first"  # ||a - b||^2 = 2 |a|^2 (1 - cosine)
+        # ||a - b||^2 = 2 |a|^2 (1 - cosine), as in point_the_same_way
+        reference = "mean" if both[1].distance(count, pointing=True) < squares else "first"
     anchor = reference if isinstance(reference, int) else 0
     order = [anchor, *(i for i in range(count) if i != anchor)]
-    untouched = both
 
     for number in range(1, max_passes + 1):
         moved, seconds = 0, 0.0
@@ -211,13 +212,13 @@ def align_one_by_one(
         history.append({"pass": number, "distance": distance, "moved": moved, "seconds": seconds})
         if not moved or count == 2 or last - distance < tolerance * last:
             break
-    if distance >= first:  # matching to a mean of few can part others
-        elements, distance = [spec.identity() for _ in read], first
-        if max_passes and both is not untouched:
-            both = means()
-            for share, get in zip(shares, read):
-                put(both, get(), share)
-    return Aligned(elements, both[0].weights(like), distance, history, norms, distance < squares)
+    if distance >= first and not all(element.is_identity for element in elements):
+        # Matching to a mean of few can part others.
+        elements, distance, both = [spec.identity() for _ in read], first, means()
+        for share, get in zip(shares, read):
+            put(both, get(), share)
+    agree = both[1].distance(count, pointing=True) < squares
+    return Aligned(elements, both[0].weights(like), distance, history, norms, agree)
 
 
 def align(

@@ -101,6 +101,11 @@ def average(state_dicts: Sequence[StateDict], coefficients: Sequence[float] | No
     return out
 
 
+def norm_keys(spec: WeightSpec) -> list[str]:
+    """The tensors whose norms are restored: those that count in distances, but for statistics of inputs or batches."""
+    return [key for key in spec.cost_keys if key not in spec.buffers]
+
+
 @torch.no_grad()
 def restore_norms(
     merged: StateDict,
@@ -126,8 +131,7 @@ def restore_norms(
     shares = normalised(coefficients, len(state_dicts))
     norms = {
         key: sum(share * float(state[key].double().norm()) for share, state in zip(shares, state_dicts))
-        for key in spec.cost_keys
-        if key not in spec.buffers
+        for key in norm_keys(spec)
     }
     return scale_to(merged, norms)
 
@@ -174,13 +178,18 @@ def _mean_distance(keys: Sequence[str], state_dicts: Sequence[StateDict]) -> flo
     return 2.0 * spread / max(1, len(state_dicts) - 1)
 
 
-def point_the_same_way(spec: WeightSpec, states: Sequence[StateDict]) -> bool:
-    """Whether the mean cosine between two networks exceeds 1/2, as it does after a shared initialisation.
+def pointing_keys(spec: WeightSpec) -> list[str]:
+    """The tensors that show which way a network points: matrices and filters with units that can move.
 
-    Only matrices and filters are asked: gains and running variances lie near one in unrelated networks, too.
+    Gains and running variances lie near one in unrelated networks, too.
     """
     keys = [key for key in spec.cost_keys if not all(axis.fixed for axis in spec.axes[key]) and key not in spec.buffers]
-    keys = [key for key in keys if len(spec.axes[key]) > 1] or keys
+    return [key for key in keys if len(spec.axes[key]) > 1] or keys
+
+
+def point_the_same_way(spec: WeightSpec, states: Sequence[StateDict]) -> bool:
+    """Whether the mean cosine between two networks exceeds 1/2, as it does after a shared initialisation."""
+    keys = pointing_keys(spec)
     squares = sum(float(state[key].double().square().sum()) for state in states for key in keys) / len(states)
     return _mean_distance(keys, states) < squares  # ||a - b||^2 = 2 |a|^2 (1 - cosine)
 
@@ -211,7 +220,7 @@ def plain_average(
     return weights, [spec.identity() for _ in state_dicts], history
 
 
-def merge(method: str, policies: Sequence[Any], **options: Any) -> MergeResult:
+def merge(method: str, policies: Sequence[Any], *, example_input: Any = None, **options: Any) -> MergeResult:
     """Merges policies of one architecture into one.
 
     Everything is checked before any work starts, and no input is changed.
@@ -222,6 +231,8 @@ def merge(method: str, policies: Sequence[Any], **options: Any) -> MergeResult:
         policies: Modules, checkpoints (or paths of checkpoints), or a pair ``(spec, state_dicts)``. Policies that
             normalise their observations by statistics of their own (buffers ``normaliser.mean`` and
             ``normaliser.std``) are first re-expressed under pooled statistics by their ``renormalise(mean, std)``.
+        example_input: A tensor (or a tuple of arguments) to run the policies on, for modules whose symmetry shows only
+            then (convolutions, attention); see :meth:`WeightSpec.from_module`.
         options: ``coefficients``, one weight a policy, and the merger's own; for ``fleet_merge``: ``matcher`` (``lap``,
             ``frank_wolfe``, ``sinkhorn``), ``signs``, ``max_passes``, ``reference``, ``device``, ``seed`` and the
             matcher's options.
@@ -232,18 +243,20 @@ def merge(method: str, policies: Sequence[Any], **options: Any) -> MergeResult:
     Raises:
         UserError: Unknown merger, matcher or option (with the three nearest names); fewer than two policies; a policy
             of another architecture or observation size, or with NaN weights (the message has the policy, the key and
-            both shapes).
+            both shapes); a symmetry that cannot be derived, or an example for one that is given.
     """
     merger = MERGERS.get(method)
     _check_names(method, merger, options)
     names, modules, spec, states = _load(policies)
+    if spec is not None and example_input is not None:
+        raise UserError("example_input shows the symmetry of modules; (spec, state_dicts) has it: leave one out")
     shares = normalised(options.get("coefficients"), len(states))
 
     _check_alike(names, modules, states)
     for name, state in zip(names, states):
         check_finite(state, name)
     if spec is None:
-        spec = WeightSpec.from_module(modules[0])
+        spec = WeightSpec.from_module(modules[0], example_input)
     for name, state in zip(names, states):
         spec.validate(state, name=name)
     states = _renormalised(names, modules, states, shares)

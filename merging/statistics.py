@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from fleetgym.core.errors import UserError, unknown
+from fleetgym.core.weights import evaluating
 
 if TYPE_CHECKING:
     from fleetgym.core.demonstrations import SequenceBatch
@@ -156,15 +157,12 @@ def _listening(module: nn.Module, heard: dict[str, Tensor]) -> Iterator[None]:
         layer.register_forward_pre_hook(lambda _, inputs, name=name: heard.__setitem__(name, inputs[0].detach()))
         for name, layer in layers_of(module).items()
     ]
-    modes = {m: m.training for m in module.modules()}
-    module.eval()
     try:
-        yield
+        with evaluating(module):
+            yield
     finally:
         for hook in hooks:
             hook.remove()
-        for m, mode in modes.items():
-            m.training = mode
 
 
 @torch.no_grad()

@@ -7,7 +7,8 @@ import torch
 from torch import nn
 
 from fleetgym.core import WeightSpec
-from fleetgym.merging import match, merge
+from fleetgym.core.errors import UserError
+from fleetgym.merging import correlations, match, match_many, merge
 from fleetgym.merging.matching import Problem
 
 
@@ -130,7 +131,7 @@ def test_blocks_are_assigned_with_what_is_in_them():
     problem = Problem(
         {"heads": 3, "c": 6},
         {"heads": False, "c": True},
-        {"heads": torch.zeros(1, 3, 3).double(), "c": torch.zeros(2, 6, 6).double()},
+        {"heads": torch.zeros(1, 1, 3, 3).double(), "c": torch.zeros(1, 2, 6, 6).double()},
         nested={"c": "heads"},
     )
     generator = torch.Generator().manual_seed(0)
@@ -164,6 +165,37 @@ def test_moved_copies_merge_into_the_network_itself(name):
         torch.testing.assert_close(torch.func.functional_call(net, result.weights, (x,)), net(x))
         naive = torch.func.functional_call(net, merge("average", (spec, [weights, *copies])).weights, (x,))
     assert float((naive - net(x)).abs().max()) > 0.1
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_modules_are_merged_with_an_example(name):
+    (net, spec), (other, _) = make(name, 0), make(name, 1)
+    result = merge("fleet_merge", [net, other], example_input=example())
+    assert result.spec == spec
+    expected = merge("fleet_merge", (spec, [net.state_dict(), other.state_dict()])).weights
+    assert all(torch.equal(value, expected[key]) for key, value in result.module().state_dict().items())
+    with pytest.raises(UserError, match="pass example_input"):
+        merge("fleet_merge", [net, other])
+    with pytest.raises(UserError, match="leave one out"):
+        merge("average", (spec, [net.state_dict(), other.state_dict()]), example_input=example())
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_every_matcher_moves_blocks_and_pixels(name):
+    net, spec, moved, truth, distance = planted(name, 0, 0.05)
+    assert match(spec, net.state_dict(), moved, "git_rebasin").distance_after <= 1.5 * distance
+    (pair, other) = match_many(spec, [net.state_dict(), moved], [moved, net.state_dict()])
+    assert pair.element == truth and other.element == truth.inverse()
+    assert merge("universe", (spec, [net.state_dict(), moved])).distance_after == pytest.approx(distance, rel=1e-4)
+    unrelated = (spec, [make(name, seed)[0].state_dict() for seed in range(3)])
+    joint, sequential = (merge(method, unrelated) for method in ("universe", "fleet_merge"))
+    assert joint.distance_after <= sequential.distance_after < sequential.distance_before
+
+
+def test_units_with_pixels_are_matched_by_what_they_do():
+    net, spec, moved, truth, _ = planted("tiny-resnet", 0, 0.0)
+    seen = correlations(spec, net, net.state_dict(), moved, example())
+    assert match(spec, net.state_dict(), moved, "activations", correlations=seen).element == truth
 
 
 def test_batch_statistics_are_aligned_and_averaged():

@@ -11,6 +11,7 @@ from fleetgym.core import UserError, WeightSpec
 from fleetgym.core.checkpoint import Checkpoint, load_tensors, save_tensors
 from fleetgym.merging import merge, merge_files
 from fleetgym.merging.fleet_merge import RunningMean, align_one_by_one
+from fleetgym.merging.matching import MatchResult
 from fleetgym.merging.mergers import average, mean_distance
 
 
@@ -112,6 +113,42 @@ def test_plain_state_dicts(tmp_path):
     assert torch.equal(written["0.weight"], merged.weights["0.weight"])
     with pytest.raises(UserError, match="plain state dicts need spec="):
         merge_files(files)
+
+
+def test_statistics_of_batches_are_averaged_and_not_scaled(tmp_path):
+    nets, files = [], [tmp_path / f"{i}.safetensors" for i in range(3)]
+    for seed, file in enumerate(files):
+        torch.manual_seed(seed)
+        net = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 2))
+        net[1].running_var += torch.rand(8)
+        nets.append(net.eval())
+        save_tensors(file, net.state_dict())
+    spec = WeightSpec.from_module(nets[0], torch.randn(3, 6))
+    merged, wanted = merge_files(files, spec=spec), merge("fleet_merge", nets, example_input=torch.randn(3, 6))
+    assert merged.history[-1]["norm_factor"] == pytest.approx(wanted.history[-1]["norm_factor"])
+    assert merged.history[-1]["norm_factor"] > 1.05
+    assert all(torch.allclose(merged.weights[key], value, atol=1e-6) for key, value in wanted.weights.items())
+    variances = [state["1.running_var"] for state in wanted.aligned]
+    torch.testing.assert_close(merged.weights["1.running_var"], sum(variances) / 3)
+
+
+def test_an_alignment_that_parts_the_networks_is_undone(monkeypatch):
+    from fleetgym.merging import fleet_merge
+
+    policies = [policy(0) for _ in range(3)]
+    for seed, p in enumerate(policies):
+        p.normaliser.mean.fill_(0.1 * seed)
+    spec, states = WeightSpec.from_module(policies[0]), [p.state_dict() for p in policies]
+
+    def bad(*_, **__):
+        return MatchResult(spec.random(0), 1.0, 0.5, 0.0, 1)
+
+    monkeypatch.setattr(fleet_merge, "match", bad)
+    for reference in ("mean", "first"):
+        done = align_one_by_one(spec, [lambda s=s: s for s in states], reference=reference, coefficients=[1, 2, 3])
+        assert all(element.is_identity for element in done.elements) and done.agree
+        wanted = average(states, [1, 2, 3])
+        assert all(torch.allclose(done.mean[key], value, atol=1e-6) for key, value in wanted.items())
 
 
 def test_bad_input_is_named(fleet, tmp_path):

@@ -14,7 +14,8 @@ from __future__ import annotations
 import copy
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -27,6 +28,18 @@ from fleetgym.core.errors import UserError, unknown
 
 StateDict = Mapping[str, Tensor]
 Rng = np.random.Generator | torch.Generator | int
+
+
+@contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """Has a module in evaluation mode; then its flags are as they were, submodule by submodule (some may be frozen)."""
+    modes = {m: m.training for m in module.modules()}
+    module.eval()
+    try:
+        yield
+    finally:
+        for m, mode in modes.items():
+            m.training = mode
 
 
 class Segment(NamedTuple):
@@ -475,21 +488,14 @@ class WeightSpec:
         if stir:
             weights = self._stirred(weights, rng)
         moved = self.apply(weights, self.random(rng))
-        # The module's own flags come back as they were, submodule by submodule (some may be frozen in eval mode).
-        modes = {m: m.training for m in module.modules()}
-        module.eval()
         outputs = []
-        try:
-            for state in (weights, moved):
-                # What a forward draws (a sampled action) it must draw alike both times.
-                with torch.no_grad(), torch.random.fork_rng(devices=[]):
-                    torch.manual_seed(0)
-                    outputs.append(
-                        _tensors(torch.func.functional_call(module, state, args, tie_weights=False), self.memory)
-                    )
-        finally:
-            for m, mode in modes.items():
-                m.training = mode
+        for state in (weights, moved):
+            # What a forward draws (a sampled action) it must draw alike both times.
+            with evaluating(module), torch.no_grad(), torch.random.fork_rng(devices=[]):
+                torch.manual_seed(0)
+                outputs.append(
+                    _tensors(torch.func.functional_call(module, state, args, tie_weights=False), self.memory)
+                )
         pairs = [(x, y) for x, y in zip(*outputs) if x.numel()]
         pairs = [(x.double(), y.double()) for x, y in pairs if not x.is_complex()]
         gaps = [float(torch.where(x == y, torch.zeros_like(x), x - y).abs().max()) for x, y in pairs]

@@ -25,7 +25,7 @@ from fleetgym.core.errors import UserError
 from fleetgym.core.tracing.build import build
 from fleetgym.core.tracing.values import Value, constant, flat, free, uniform
 from fleetgym.core.tracing.wires import Conflict, leaves
-from fleetgym.core.weights import WeightSpec
+from fleetgym.core.weights import WeightSpec, evaluating
 
 OPERATIONS: dict[str, Callable[..., Any]] = {}
 HAND_WRITTEN = (
@@ -249,16 +249,14 @@ def derive_by_running(module: nn.Module, example_input: Any, *, strict: bool = T
         value = Value([flat(n, "in") for n in tensor.shape], source=True, zero=False)
         run.values[id(tensor)] = (tensor, value)
         sources.append(tensor.shape[-1] if tensor.dim() else None)
-    modes = {m: m.training for m in module.modules()}
     checks = torch.distributions.Distribution._validate_args
     handles = [
         nn.modules.module.register_module_forward_pre_hook(run.enter),
         nn.modules.module.register_module_forward_hook(run.leave),
     ]
-    module.eval()
     torch.distributions.Distribution.set_default_validate_args(False)
     try:
-        with torch.no_grad(), torch.random.fork_rng(devices=[]), run:
+        with evaluating(module), torch.no_grad(), torch.random.fork_rng(devices=[]), run:
             result = module(*args)
     except UserError:
         raise
@@ -268,8 +266,6 @@ def derive_by_running(module: nn.Module, example_input: Any, *, strict: bool = T
         for handle in handles:
             handle.remove()
         torch.distributions.Distribution.set_default_validate_args(checks)
-        for m, mode in modes.items():
-            m.training = mode
     return _finish(run, module, result, sources)
 
 
