@@ -255,7 +255,8 @@ def office_nav(device: str = "cpu") -> list[Comparison]:
 
     Tensors stand beside the native vector environment, with all that it returns; and, with signs by index and without
     last observations, beside the device's own memory. That counts the bytes of ``image`` alone that are written (9,408
-    a step of pixels, 147 of symbols), over the bytes read and written by copies of 128 MiB.
+    a step of pixels, 147 of symbols), over the bytes read and written by copies of 128 MiB. The 3D office has no peer
+    that needs no OpenGL, and stands beside itself.
 
     Args:
         device: Of the tensors. An accelerator has 65,536 environments beside its memory, a CPU 4,096.
@@ -357,6 +358,17 @@ def office_nav(device: str = "cpu") -> list[Comparison]:
                 size,
             )
         )
+    rows.append(
+        Comparison(
+            "frames",
+            32 * 256,
+            walker(gym.make_vec("OfficeNav3D-v0", num_envs=256), 32),
+            stepper(gym.make("OfficeNav3D-v0"), peer_steps),
+            "the same by gym.make, one environment",
+            peer_steps,
+            "OfficeNav3D, 60x80 pixels, 256 environments",
+        )
+    )
     return rows
 
 

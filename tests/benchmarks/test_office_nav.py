@@ -88,7 +88,7 @@ def test_speed_beside_minigrid():
     from fleetgym.benchmarks.speed import compare, office_nav
 
     rows = office_nav()
-    assert len({row.about for row in rows}) == len(rows) == 10
+    assert len({row.about for row in rows}) == len(rows) == 11
     row = compare(rows[0], 1)
     assert row["ratio"] > 20 and row["ours_per_cpu_second"] > row["peer_per_cpu_second"]
 
