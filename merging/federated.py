@@ -40,7 +40,7 @@ from fleetgym.core.files import write_json
 from fleetgym.core.optional import require
 from fleetgym.core.weights import WeightSpec
 from fleetgym.merging import MERGERS
-from fleetgym.merging.mergers import MEAN, STD
+from fleetgym.merging.mergers import MEAN, STD, check_merger
 
 try:
     from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
@@ -293,7 +293,8 @@ class FleetMerge(Strategy):
         poll: Seconds between looks at the grid.
 
     Raises:
-        UserError: Unknown merger or architecture, fewer than two robots, or state of another plan.
+        UserError: Unknown merger, option or architecture, a merger that needs more than weights, fewer than two robots,
+            or state of another plan.
     """
 
     def __init__(
@@ -312,6 +313,7 @@ class FleetMerge(Strategy):
         if min_robots < 2:
             raise UserError(f"min_robots={min_robots}: a merge takes at least two")
         self.plan, self.merger, self.options = dict(plan), merger, dict(options or {})
+        check_merger(merger, self.options)
         self._merge = MERGERS.get(merger)
         self._architecture = MODULES.get(self.plan["architecture"])
         self.min_robots = min_robots

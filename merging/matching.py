@@ -109,6 +109,19 @@ class Problem:
             inside.setdefault(parent, []).append(child)
         return [[group, *inside.get(group, ())] for group in self.sizes if group not in self.nested]
 
+    @property
+    def touched(self) -> list[set[int]]:
+        """For each family, those that share a tensor with it: its best assignment changes only when one of them moves.
+
+        A family that shares one with itself (recurrent weights) is among its own; F is linear in any other alone.
+        """
+        family_of = {group: i for i, family in enumerate(self.families) for group in family}
+        touched: list[set[int]] = [set() for _ in self.families]
+        for p in self.pairs:
+            touched[family_of[p.a]].add(family_of[p.b])
+            touched[family_of[p.b]].add(family_of[p.a])
+        return touched
+
     @classmethod
     def build(
         cls, spec: WeightSpec, reference: StateDict, weights: StateDict, *, signs: bool = True, device: str = "cpu"
@@ -386,13 +399,7 @@ class Problem:
             Where no assignment raises F, and the number of assignments.
         """
         scale, steps = self.value_at(vertex).abs().clamp(min=1.0), 0
-        families = self.families
-        family_of = {group: i for i, family in enumerate(families) for group in family}
-        # A best assignment changes only when a family that shares a tensor with this one (or this one itself) moves.
-        touched: list[set[int]] = [set() for _ in families]
-        for p in self.pairs:
-            touched[family_of[p.a]].add(family_of[p.b])
-            touched[family_of[p.b]].add(family_of[p.a])
+        families, touched = self.families, self.touched
         waiting = [True] * len(families)
         for _ in range(sweeps):
             for i in [i for i, waits in enumerate(waiting) if waits]:
@@ -618,19 +625,24 @@ def frank_wolfe(
             return identity, problem.count
 
     best, values, total = identity, start, 0
+    spread = rough.spread()
+    annealed = bool(annealing) and bool((spread > 0).all())
+    # Where F is linear in each family alone, the polish assigns exactly; in wide networks Frank-Wolfe then finds no
+    # step behind an annealing, and to see that costs a gradient.
+    recurrent = any(i in near for i, near in enumerate(rough.touched))
+    climbs = 0 if wide and annealed and not recurrent else iterations
 
     def climb(point: Point) -> None:
         nonlocal best, values, total
         # The last steps of Frank-Wolfe are slow, and the polish makes them faster.
-        point, steps = ascend(rough, point, iterations, 3e-3)
+        point, steps = ascend(rough, point, climbs, 3e-3)
         found = {g: (perm, sign.double()) for g, (perm, sign) in rough.assign(point).items()}
         now = problem.value_at(found)
         best, values = problem.choose(now > values, found, best), torch.maximum(now, values)
         total += steps
 
-    spread = rough.spread()
     parts = [rough.thin(k, 3) for k in range(3)] if any(p.own.shape[2] >= 6 for p in rough.pairs) else []
-    if annealing and bool((spread > 0).all()):
+    if annealed:
         betas = torch.logspace(0, math.log10(9), annealing)[:, None].to(spread) / spread
         climb(soft_assign(rough, rough.barycentre(), betas, parts=parts))
         total += annealing * problem.count
@@ -840,11 +852,19 @@ def check_finite(state: StateDict, name: str) -> None:
 
 
 def check_options(what: str, function: Any, options: Mapping[str, Any], skip: tuple[str, ...] = ()) -> None:
-    """Raises a UserError for an option that ``function`` does not take, with the nearest names that it does."""
+    """Raises a UserError for an option that ``function`` needs, or one that it does not take (with the nearest names)."""
     parameters = inspect.signature(function).parameters
+    check_needed(what, function, options, skip)
     if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
         return
     known = [name for name in parameters if name not in skip]
     for name in options:
         if name not in known:
             raise unknown(f"option of {what}", name, known)
+
+
+def check_needed(what: str, function: Any, options: Mapping[str, Any], skip: tuple[str, ...] = ()) -> None:
+    """Raises a UserError for a keyword without a default that ``function`` is not given."""
+    for name, p in inspect.signature(function).parameters.items():
+        if p.kind is p.KEYWORD_ONLY and p.default is p.empty and name not in skip and name not in options:
+            raise UserError(f"{what} needs {name}=...; see fleetgym.merging and docs/merging.md")

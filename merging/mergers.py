@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from fleetgym.core.errors import UserError, unknown
 from fleetgym.core.weights import Element, StateDict, WeightSpec
 from fleetgym.merging import MATCHERS, MERGERS
-from fleetgym.merging.matching import check_finite
+from fleetgym.merging.matching import check_finite, check_needed
 
 MEAN, STD = "normaliser.mean", "normaliser.std"
 
@@ -234,8 +234,8 @@ def merge(method: str, policies: Sequence[Any], *, example_input: Any = None, **
         example_input: A tensor (or a tuple of arguments) to run the policies on, for modules whose symmetry shows only
             then (convolutions, attention); see :meth:`WeightSpec.from_module`.
         options: ``coefficients``, one weight a policy, and the merger's own; for ``fleet_merge``: ``matcher`` (``lap``,
-            ``frank_wolfe``, ``sinkhorn``), ``signs``, ``max_passes``, ``reference``, ``device``, ``seed`` and the
-            matcher's options.
+            ``frank_wolfe``, ``git_rebasin``, ``sinkhorn``), ``signs``, ``max_passes``, ``reference``, ``device``,
+            ``seed`` and the matcher's options.
 
     Returns:
         The merged weights, and how they came about.
@@ -245,8 +245,8 @@ def merge(method: str, policies: Sequence[Any], *, example_input: Any = None, **
             of another architecture or observation size, or with NaN weights (the message has the policy, the key and
             both shapes); a symmetry that cannot be derived, or an example for one that is given.
     """
+    check_merger(method, options)
     merger = MERGERS.get(method)
-    _check_names(method, merger, options)
     names, modules, spec, states = _load(policies)
     if spec is not None and example_input is not None:
         raise UserError("example_input shows the symmetry of modules; (spec, state_dicts) has it: leave one out")
@@ -274,20 +274,27 @@ def merge(method: str, policies: Sequence[Any], *, example_input: Any = None, **
     )
 
 
-def _check_names(method: str, merger: Any, options: Mapping[str, Any]) -> None:
+def check_merger(method: str, options: Mapping[str, Any]) -> None:
+    """Checks a merger's name and options before any work.
+
+    Raises:
+        UserError: There is no such merger or matcher, or an option is not one of theirs, or one that they need is
+            missing.
+    """
+    merger = MERGERS.get(method)
     parameters = inspect.signature(merger).parameters
     known = [name for name, p in parameters.items() if p.kind is not p.VAR_KEYWORD and name != "module"][2:]
     if "matcher" in parameters:
-        matcher = MATCHERS.get(options.get("matcher", parameters["matcher"].default))
+        name = options.get("matcher", parameters["matcher"].default)
+        matcher = MATCHERS.get(name)
+        check_needed(f"matcher {name!r}", matcher, options)
         known += list(inspect.signature(matcher).parameters)[2:]
     elif any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
         return  # a foreign merger that judges its options itself
     for name in options:
         if name not in known:
             raise unknown(f"option of merger {method!r}", name, known)
-    for name, p in parameters.items():
-        if p.kind is p.KEYWORD_ONLY and p.default is p.empty and name != "module" and name not in options:
-            raise UserError(f"merger {method!r} needs {name}=...; see fleetgym.merging and docs/merging.md")
+    check_needed(f"merger {method!r}", merger, options, skip=("module",))
 
 
 def _load(policies: Any) -> tuple[list[str], list[nn.Module | None], WeightSpec | None, list[dict[str, Tensor]]]:

@@ -47,6 +47,9 @@ CASES = {
     "unreachable": (f"{CLIENT} --server 127.0.0.1:1 --wait 0.5", "no fleet server at 127.0.0.1:1 within 0.5 s"),
     "server's address": ("server --out run --listen 9092", "address '9092': HOST:PORT is wanted"),
     "merger": ("server --out run --merger averag", "unknown merger 'averag'; nearest: 'average'"),
+    "merger of data": ("server --out run --merger regmean", "merger 'regmean' needs statistics="),
+    "matcher of data": ("server --out run --matcher activations", "matcher 'activations' needs correlations="),
+    "merger without a matcher": ("server --out run --merger average --matcher lap", "option of merger 'average'"),
     "half of TLS": ("server --out run --certificate text.pem", "--certificate and --certificate-key go together"),
     "absent server certificate": (
         "server --out run --certificate a --certificate-key b",

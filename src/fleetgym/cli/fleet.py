@@ -41,10 +41,10 @@ class Server:
     """Gradient steps of each robot between merges."""
 
     merger: str = "fleet_merge"
-    """A merger that `fleetgym list mergers` prints."""
+    """A merger that `fleetgym list mergers` prints and that needs nothing beside weights."""
 
     matcher: str | None = None
-    """How the merger aligns: frank_wolfe, lap or sinkhorn; the merger's own choice by default."""
+    """How the merger aligns: frank_wolfe, lap, git_rebasin or sinkhorn; the merger's own choice by default."""
 
     min_robots: int = 2
     """Robots that a round takes at least; with fewer it waits."""
@@ -196,14 +196,13 @@ def _server(options: Server) -> int:
     require("fleet")
     from fleetgym.core.run import Run
     from fleetgym.core.seeding import seed_everything
-    from fleetgym.merging import MATCHERS, MERGERS
     from fleetgym.merging.federated import FleetMerge
     from fleetgym.merging.fleet_link import check_server_certificate, parse_address, public_keys, serve
+    from fleetgym.merging.mergers import check_merger
 
     host, _ = parse_address(options.listen)
-    MERGERS.get(options.merger)
-    if options.matcher is not None:
-        MATCHERS.get(options.matcher)
+    chosen = {} if options.matcher is None else {"matcher": options.matcher}
+    check_merger(options.merger, chosen)
     if (options.certificate is None) != (options.certificate_key is None):
         raise UserError("--certificate and --certificate-key go together: the file and its private key")
     if options.certificate is not None:
@@ -223,7 +222,6 @@ def _server(options: Server) -> int:
     with Run.open(
         options.out, {"system": "fleet server", **config}, resume=options.resume, name="fleet", tensorboard=False
     ) as run:
-        chosen = {} if options.matcher is None else {"matcher": options.matcher}
         strategy = FleetMerge(
             plan,
             merger=options.merger,
