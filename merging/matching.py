@@ -852,7 +852,7 @@ def check_finite(state: StateDict, name: str) -> None:
 
 
 def check_options(what: str, function: Any, options: Mapping[str, Any], skip: tuple[str, ...] = ()) -> None:
-    """Raises a UserError for an option that ``function`` needs, or one that it does not take (with the nearest names)."""
+    """Raises a UserError for an option that ``function`` needs, or does not take (with the nearest names)."""
     parameters = inspect.signature(function).parameters
     check_needed(what, function, options, skip)
     if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
