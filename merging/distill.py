@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from fleetgym.core.errors import UserError
-from fleetgym.core.weights import Element, StateDict, WeightSpec
+from fleetgym.core.weights import StateDict, WeightSpec
+from fleetgym.merging.mergers import Merged, normalised
 from fleetgym.merging.statistics import Sketch
 
 
@@ -103,7 +104,7 @@ def distill(
     start: str | int = "fresh",
     seed: int = 0,
     report: Callable[[int, float], None] | None = None,
-) -> tuple[dict[str, Tensor], list[Element], list[dict[str, Any]]]:
+) -> Merged:
     """The merger ``distill``: one policy learns, on sketches of the robots' data, to act like each of them.
 
     Minimises over theta  sum_i c_i E_{x ~ sketch_i} |f_theta(x_1..t) - f_i(x_1..t)|^2, where each episode is drawn from
@@ -134,8 +135,6 @@ def distill(
     Raises:
         UserError: Statistics that are missing, of another kind or size, or not one a policy.
     """
-    from fleetgym.merging.mergers import normalised
-
     count = len(state_dicts)
     shares = normalised(coefficients, count)
     if len(statistics) != count:

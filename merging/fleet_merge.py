@@ -16,7 +16,7 @@ from torch import Tensor
 from fleetgym.core.errors import UserError
 from fleetgym.core.weights import Element, StateDict, WeightSpec
 from fleetgym.merging.matching import match
-from fleetgym.merging.mergers import average, norm_keys, normalised, pointing_keys, restore_norms, wants_norms
+from fleetgym.merging.mergers import Merged, average, norm_keys, normalised, pointing_keys, restore_norms, wants_norms
 
 
 class RunningMean:
@@ -279,7 +279,7 @@ def fleet_merge(
     seed: int = 0,
     norms: bool | str = "auto",
     **options: Any,
-) -> tuple[dict[str, Tensor], list[Element], list[dict[str, Any]]]:
+) -> Merged:
     """The merger ``fleet_merge``: :func:`align`, then the weighted mean, then its norms restored.
 
     ``norms`` says whether :func:`fleetgym.merging.mergers.restore_norms` follows the mean. ``"auto"`` does it where it

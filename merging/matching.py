@@ -421,10 +421,9 @@ class Problem:
                 break
         return vertex, steps
 
-    def spread(self, gradient: Point | None = None) -> Tensor:
+    def spread(self) -> Tensor:
         """Standard deviation of the gains of single assignments, [S]: the unit of temperature."""
-        if gradient is None:
-            gradient = self.gradient_at(self.assign(self.linear))
+        gradient = self.gradient_at(self.assign(self.linear))
         return torch.stack([g.flatten(1).std(1) for g in gradient.values()]).amax(0)
 
     def element(self, vertex: Vertex, index: int = 0) -> Element:

@@ -19,6 +19,8 @@ from fleetgym.merging import MATCHERS, MERGERS
 from fleetgym.merging.matching import check_finite, check_needed
 
 MEAN, STD = "normaliser.mean", "normaliser.std"
+Merged = tuple[dict[str, Tensor], list[Element], list[dict[str, Any]]]
+"""What a merger gives: weights, for each policy the element that moved it, and a history."""
 
 
 @dataclass(frozen=True)
@@ -211,7 +213,7 @@ def plain_average(
     *,
     coefficients: Sequence[float] | None = None,
     norms: bool | str = False,
-) -> tuple[dict[str, Tensor], list[Element], list[dict[str, Any]]]:
+) -> Merged:
     """The merger ``average``: no alignment, and no :func:`restore_norms` unless ``norms`` is True or ``"auto"``."""
     weights, history = average(state_dicts, coefficients), []
     if wants_norms(norms, spec, state_dicts):

@@ -25,7 +25,7 @@ METHODS = ("average", "fleet_merge")
 
 
 @dataclass(frozen=True)
-class Merged:
+class MergedFiles:
     """What :func:`merge_files` made.
 
     Attributes:
@@ -56,7 +56,7 @@ def merge_files(
     norms: bool | str | None = None,
     info: dict[str, Any] | None = None,
     **options: Any,
-) -> Merged:
+) -> MergedFiles:
     """Merges checkpoints, or safetensors files of plain state dicts, reading one at a time.
 
     The result is that of ``merge(method, policies)``. At any moment there are at most three sets of weights: the mean,
@@ -124,7 +124,7 @@ def merge_files(
         else:
             with atomic_write(path) as temporary:
                 save_tensors(temporary, weights)
-    return Merged(weights, done.elements, done.history[0]["distance"], done.distance, done.history, path)
+    return MergedFiles(weights, done.elements, done.history[0]["distance"], done.distance, done.history, path)
 
 
 def _reader(

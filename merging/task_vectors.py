@@ -17,9 +17,7 @@ from torch import Tensor, nn
 from fleetgym.core.errors import UserError
 from fleetgym.core.weights import Element, StateDict, WeightSpec
 from fleetgym.merging.matching import check_finite, match
-from fleetgym.merging.mergers import MEAN, STD, normalised
-
-Merged = tuple[dict[str, Tensor], list[Element], list[dict[str, Any]]]
+from fleetgym.merging.mergers import MEAN, STD, Merged, normalised
 
 
 def _vectors(

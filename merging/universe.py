@@ -26,7 +26,7 @@ from fleetgym.core.errors import UserError
 from fleetgym.core.weights import Element, StateDict, WeightSpec
 from fleetgym.merging.fleet_merge import align
 from fleetgym.merging.matching import Point, Problem, Vertex, soft_assign
-from fleetgym.merging.mergers import average, mean_distance, normalised, restore_norms, wants_norms
+from fleetgym.merging.mergers import Merged, average, mean_distance, normalised, restore_norms, wants_norms
 
 
 class Universe:
@@ -146,7 +146,7 @@ def universe(
     device: str = "cpu",
     seed: int = 0,
     **options: Any,
-) -> tuple[dict[str, Tensor], list[Element], list[dict[str, Any]]]:
+) -> Merged:
     """The merger ``universe``: all networks are moved jointly into one frame, then averaged.
 
     Two starts are climbed and the better one is kept: the result of :func:`fleetgym.merging.fleet_merge.align`, and an

@@ -11,10 +11,8 @@ from torch import Tensor
 from fleetgym.core.errors import UserError
 from fleetgym.core.weights import Element, StateDict, WeightSpec
 from fleetgym.merging.fleet_merge import align as bring_together
-from fleetgym.merging.mergers import average, normalised
+from fleetgym.merging.mergers import Merged, average, normalised
 from fleetgym.merging.statistics import unpack
-
-Merged = tuple[dict[str, Tensor], list[Element], list[dict[str, Any]]]
 
 
 def _prepared(

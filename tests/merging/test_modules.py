@@ -56,6 +56,11 @@ class SmallViT(nn.Module):
 
 
 NETS = {"resnet": SmallResNet, "vit": SmallViT}
+WIDE = {
+    "wide": lambda: nn.Sequential(
+        nn.Flatten(), nn.Linear(768, 256), nn.Tanh(), nn.Linear(256, 256), nn.Tanh(), nn.Linear(256, 5)
+    )
+}
 TINY = {"tiny-resnet": lambda: SmallResNet((8, 8, 12)), "tiny-vit": lambda: SmallViT(16, 2, 1)}
 
 
@@ -66,7 +71,7 @@ def example():
 def make(name, seed):
     """A network whose norms, statistics and biases have been trained a little, so to say, and its spec."""
     torch.manual_seed(seed)
-    net = {**NETS, **TINY}[name]()
+    net = {**NETS, **WIDE, **TINY}[name]()
     with torch.no_grad():
         for key, tensor in net.state_dict().items():
             if tensor.dim() == 1:
@@ -88,14 +93,14 @@ def planted(name, seed, noise):
 
 
 @pytest.mark.parametrize("method", ["lap", "frank_wolfe"])
-@pytest.mark.parametrize("name", NETS)
+@pytest.mark.parametrize("name", [*NETS, "wide"])
 def test_a_planted_element_is_fully_recovered(name, method):
     for seed, noise in ((0, 0.05), (1, 1.0)):
         net, spec, moved, truth, distance = planted(name, seed, noise)
         result = match(spec, net.state_dict(), moved, method)
         assert result.element == truth  # every channel, head and sign
         assert result.distance_after == pytest.approx(distance, rel=1e-5) and result.distance_after > 0
-    if name == "vit":
+    if name in ("vit", "wide"):
         assert not any(len(set(truth.signs[g].tolist())) == 1 for g in spec.groups if spec.signed[g])
 
 
