@@ -627,7 +627,7 @@ def frank_wolfe(
     spread = rough.spread()
     annealed = bool(annealing) and bool((spread > 0).all())
     # Where F is linear in each family alone, the polish assigns exactly; behind an annealing of a
-    # wide network Frank-Wolfe then gains little (nothing on ResNet-18, 0.3% of the distance on an MLP of 512) and is slow.
+    # wide network Frank-Wolfe then gains little (nothing on ResNet-18, 0.3% of the distance on an MLP of 512).
     recurrent = any(i in near for i, near in enumerate(rough.touched))
     climbs = 0 if wide and annealed and not recurrent else iterations
 
