@@ -277,8 +277,7 @@ def test_the_pinned_set_covers_what_the_package_names():
     block = text.partition("\ndependencies = [")[2].partition("\n]")[0]
     block += text.partition("[project.optional-dependencies]\n")[2].partition("\n[")[0]
     pins = (ROOT / "constraints.txt").read_text(encoding="utf-8")
-    # flwr wants older versions of four of the pinned packages, so the extra `fleet` is installed without the pins.
-    named = set(re.findall(r'"([A-Za-z][\w-]*)', block)) - {"flwr"}
+    named = set(re.findall(r'"([A-Za-z][\w-]*)', block))
     pinned = {name.lower() for name in re.findall(r"^([\w.-]+)==", pins, re.M)}
     assert {name.lower() for name in named} <= pinned, named - pinned
     assert "+" not in pins and "://" not in pins
