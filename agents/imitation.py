@@ -21,6 +21,9 @@ from fleetgym.core.seeding import torch_generator
 if TYPE_CHECKING:
     from fleetgym.core.demonstrations import SequenceBatch
 
+# What goes through the networks at once, at most: weights that a processor's cache holds, and episodes of one policy.
+_WEIGHTS, _EPISODES = 2_000_000, 40
+
 
 @dataclass(frozen=True)
 class ImitationConfig:
@@ -40,15 +43,19 @@ class ImitationConfig:
     """Adam's step size at the end."""
     gradient_clip: float = 1.0
     """Largest norm of one robot's gradient."""
+    proximal: float = 0.0
+    """FedProx's mu: half of it times the squared distance to the weights last received is added to the loss."""
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "learning_rate", "gradient_clip"):
             if not getattr(self, name) > 0:
                 raise UserError(f"{name}={getattr(self, name)}: it must be positive")
+        if not self.proximal >= 0:
+            raise UserError(f"proximal={self.proximal}: it must not be negative")
 
 
 class FleetLearner:
-    """Trains N policies by behaviour cloning, each on its own demonstrations.
+    """Trains N policies by behaviour cloning, each on its own demonstrations; after :meth:`share`, one for all.
 
     The episodes of gradient step s depend on (seed, s) alone, so a run that stops and resumes draws the same.
 
@@ -101,6 +108,8 @@ class FleetLearner:
         self.episodes = torch.tensor([len(batch.observations) for batch in demonstrations])
         self.optimizer = torch.optim.Adam(self.stack.parameters(), lr=config.learning_rate, foreach=True)
         self.step_count = 0
+        self.received: dict[str, Tensor] = {}
+        """The weights that training is held near to, with ``proximal``."""
 
     @staticmethod
     def _stacked(tensors: Sequence[Tensor]) -> Tensor:
@@ -146,10 +155,9 @@ class FleetLearner:
             observations, actions, mask = self._draw()
             for group in self.optimizer.param_groups:
                 group["lr"] = self.learning_rate(self.step_count)
-            loss = masked_mse(self.stack(observations), actions, mask)
             self.optimizer.zero_grad(set_to_none=True)
-            # The sum keeps robots apart: each one's gradient is that of its own loss.
-            loss.sum().backward()
+            loss = self._backward(observations, actions, mask)
+            self._hold()
             self._clip()
             self.optimizer.step()
             self.step_count += 1
@@ -157,6 +165,60 @@ class FleetLearner:
             bad = torch.nonzero(~torch.isfinite(loss)).flatten().tolist()
             raise UserError(f"the loss of robot(s) {bad} is not finite at step {self.step_count}; lower learning_rate")
         return loss.detach().cpu()
+
+    def _backward(self, observations: Tensor, actions: Tensor, mask: Tensor) -> Tensor:
+        """Adds the gradient of a draw, tensors [N, B, T, ...], to the parameters; returns each robot's loss, [N]."""
+        robots, batch = mask.shape[:2]
+        if len(self.stack) < robots or len(self.stack) == 1 and batch > _EPISODES:
+            return self._backward_together(observations, actions, mask)
+        size = sum(value[0].numel() for value in self.stack.parameters())
+        at_once = max(1, _WEIGHTS // size)
+        losses = []
+        for first in range(0, robots, at_once):
+            rows = slice(first, first + at_once)
+            longest = int(mask[rows].sum(-1).max())
+            prediction = self.stack(observations[rows, :, :longest], rows if at_once < robots else None)
+            loss = masked_mse(prediction, actions[rows, :, :longest], mask[rows, :, :longest])
+            # The sum keeps robots apart: each one's gradient is that of its own loss.
+            loss.sum().backward()
+            losses.append(loss.detach())
+        return torch.cat(losses)
+
+    def _backward_together(self, observations: Tensor, actions: Tensor, mask: Tensor) -> Tensor:
+        """``_backward`` where all share one policy: the gradient is that of the mean of the robots' losses."""
+        robots, batch = mask.shape[:2]
+        observations, actions, mask = (tensor.flatten(0, 1) for tensor in (observations, actions, mask))
+        lengths = mask.sum(-1)
+        # Episodes of about one length go together, whosesoever they are: little is computed beyond an episode's end.
+        longest_first = torch.argsort(lengths, descending=True, stable=True)
+        owner = torch.arange(robots, device=mask.device).repeat_interleave(batch)
+        weight = 1 / lengths.view(robots, batch).sum(-1).clamp(min=1)
+        losses = torch.zeros(robots, device=mask.device)
+        for rows in longest_first.tensor_split(-(-len(mask) // _EPISODES)):
+            longest = int(lengths[rows].max())
+            prediction = self.stack(observations[rows, :longest][None])[0]
+            error = (prediction - actions[rows, :longest]).square().mean(-1) * mask[rows, :longest]
+            share = error.sum(-1) * weight[owner[rows]]
+            (share.sum() / robots).backward()
+            losses.index_add_(0, owner[rows], share.detach())
+        return losses
+
+    def receive(self, state_dicts: Sequence[Mapping[str, Tensor]]) -> None:
+        """Takes weights from the server: one state dict a robot, or one for all.
+
+        With ``proximal`` the robots are held near to them from now on (Li et al., "Federated Optimization in
+        Heterogeneous Networks", MLSys 2020, equation 2: FedProx).
+        """
+        self.stack.load(state_dicts)
+        if self.config.proximal:
+            self.received = {name: p.detach().clone() for name, p in self.stack.named_parameters()}
+
+    @torch.no_grad()
+    def _hold(self) -> None:
+        """Adds the gradient of the proximal term."""
+        for name, parameter in self.stack.named_parameters() if self.received else ():
+            if parameter.grad is not None:
+                parameter.grad.add_(parameter - self.received[name], alpha=self.config.proximal)
 
     @torch.no_grad()
     def _clip(self) -> None:
@@ -166,6 +228,25 @@ class FleetLearner:
         scale = (self.config.gradient_clip / norm.clamp(min=1e-12)).clamp(max=1.0)
         for gradient in gradients:
             gradient.mul_(scale.view(-1, *[1] * (gradient.ndim - 1)))
+
+    def share(self, policy: RecurrentPolicy) -> None:
+        """From now on the robots train one common policy, and Adam, with fresh moments, runs at their server.
+
+        A gradient step is then a round of federated SGD (McMahan et al., AISTATS 2017; Adam at the server: Reddi et
+        al., ICLR 2021): each robot sends the gradient of its own loss at the common weights, and Adam steps along the
+        mean, clipped by its norm. That mean is the gradient of the mean loss and is computed as such, in a few passes.
+
+        Args:
+            policy: Where training goes on from; it is copied.
+
+        Raises:
+            UserError: It has another configuration than the robots' policies.
+        """
+        if policy.config != self.stack.config:
+            raise UserError(f"policy of configuration {policy.config}, the robots' have {self.stack.config}")
+        self.stack = PolicyStack([policy]).to(self.device)
+        self.received = {}
+        self.optimizer = torch.optim.Adam(self.stack.parameters(), lr=self.config.learning_rate, foreach=True)
 
     def forget_moments(self) -> None:
         """Resets Adam, whose moments belong to the weights from before a merge."""
@@ -178,6 +259,7 @@ class FleetLearner:
         for name, parameter in zip(names, self.stack.parameters()):
             for key, value in self.optimizer.state.get(parameter, {}).items():
                 tensors[f"adam/{key}/{name}"] = value
+        tensors |= {f"received/{name}": value for name, value in self.received.items()}
         return tensors, {"step": self.step_count}
 
     @torch.no_grad()
@@ -197,4 +279,9 @@ class FleetLearner:
                 self.optimizer.state[parameter] = {
                     key: value if key == "step" else value.to(parameter.device) for key, value in moments.items()
                 }
+        self.received = {
+            name: tensors[f"received/{name}"].to(parameter.device).clone()
+            for name, parameter in self.stack.named_parameters()
+            if f"received/{name}" in tensors
+        }
         self.step_count = int(meta["step"])

@@ -267,36 +267,41 @@ class PolicyStack(nn.Module):
             out.append(policy)
         return out
 
-    def _linear(self, x: Tensor, name: str) -> Tensor:  # [N, M, I] -> [N, M, O]
-        return torch.baddbmm(self[f"{name}.bias"][:, None], x, self[f"{name}.weight"].transpose(1, 2))
-
-    def forward(self, observations: Tensor) -> Tensor:
+    def forward(self, observations: Tensor, rows: slice | None = None) -> Tensor:
         """Runs every policy over its own sequences, from fresh memories.
 
         Args:
             observations: [N, B, T, Do].
+            rows: The robots to run, N of them; all if None.
 
         Returns:
             Actions [N, B, T, Da].
         """
         num, batch, time = observations.shape[:3]
+
+        def own(name: str) -> Tensor:  # [N, ...]
+            return self[name] if rows is None else self[name][rows]
+
+        def linear(x: Tensor, name: str) -> Tensor:  # [N, M, I] -> [N, M, O]
+            return torch.baddbmm(own(f"{name}.bias")[:, None], x, own(f"{name}.weight").transpose(1, 2))
+
         x = features(observations, self.config["differences"])
-        x = (x - self["normaliser.mean"][:, None, None]) / self["normaliser.std"][:, None, None]
+        x = (x - own("normaliser.mean")[:, None, None]) / own("normaliser.std")[:, None, None]
         # Time before batch: the scan then reads and writes contiguous slices.
         x = x.transpose(1, 2).reshape(num, time * batch, -1)
-        x = torch.tanh(self._linear(x, "encoder"))
+        x = torch.tanh(linear(x, "encoder"))
         cell = self.config["cell"]
         for layer in range(self.config["layers"]):
             if cell == "mlp":
-                x = torch.tanh(self._linear(x, f"core.{2 * layer}"))
+                x = torch.tanh(linear(x, f"core.{2 * layer}"))
                 continue
             names = [f"core.{part}_l{layer}" for part in ("weight_ih", "bias_ih", "weight_hh", "bias_hh")]
-            w_ih, b_ih, w_hh, b_hh = (self[name] for name in names)
+            w_ih, b_ih, w_hh, b_hh = (own(name) for name in names)
             gates = torch.baddbmm(b_ih[:, None], x, w_ih.transpose(1, 2))
             gates = gates.view(num, time, batch, -1).transpose(0, 1).contiguous()
             x = _SCANS[cell](gates, w_hh, b_hh)  # [T, N, B, H]
             x = x.transpose(0, 1).reshape(num, time * batch, -1)
-        x = self._linear(torch.tanh(self._linear(x, "head.0")), "head.2")
+        x = linear(torch.tanh(linear(x, "head.0")), "head.2")
         return x.view(num, time, batch, -1).transpose(1, 2)
 
 

@@ -51,6 +51,10 @@ from fleetgym.merging import MERGERS, interpolate, merge
 _EVALUATION_SEED, _CURVE_SEED = 1_000_000, 2_000_000
 
 
+OPTIMIZERS = ("robot", "server")
+INITIALS = ("different", "same")
+
+
 @dataclass(frozen=True)
 class Preset:
     """What is trained and measured. The defaults are those of ``quick``."""
@@ -79,6 +83,11 @@ class Preset:
     """Gradient steps between merges."""
     rounds: int = 100
     """Merges after the first."""
+    initial: str = "different"
+    """The robots' first weights: ``different``, each its own, or ``same``."""
+    optimizer: str = "robot"
+    """Who steps after the first merge: ``robot``, each its own Adam between merges, or ``server``, one Adam along the
+    mean of the robots' gradients, which are then what a round sends (FedSGD; Reddi et al., ICLR 2021)."""
     matcher: str = "frank_wolfe"
     """How fleet_merge aligns: frank_wolfe, lap or sinkhorn."""
     episodes: int = 20
@@ -89,6 +98,16 @@ class Preset:
     """How often the merged policy is evaluated during training."""
     curve_episodes: int = 5
     """Episodes of each task at a point of the curve."""
+
+    def __post_init__(self) -> None:
+        if self.optimizer not in OPTIMIZERS:
+            raise unknown("optimizer", self.optimizer, OPTIMIZERS)
+        if self.initial not in INITIALS:
+            raise unknown("initial", self.initial, INITIALS)
+        if self.optimizer == "server" and self.local_steps != 1:
+            raise UserError(
+                f"optimizer=server local_steps={self.local_steps}: the server steps once a round; use local_steps=1"
+            )
 
     @property
     def task_names(self) -> tuple[str, ...]:
@@ -109,7 +128,17 @@ class Preset:
 PRESETS = {
     "quick": Preset(),
     "mt10": Preset(tasks="mt10", robots_per_task=2, rounds=150),
-    "mt50": Preset(tasks="mt50", robots_per_task=1, hidden=128, rounds=250, episodes=10, curve_episodes=2),
+    "mt50": Preset(
+        tasks="mt50",
+        robots_per_task=1,
+        demonstrations=40,
+        hidden=128,
+        local_steps=1,
+        rounds=2980,
+        optimizer="server",
+        episodes=10,
+        curve_episodes=2,
+    ),
 }
 
 METHODS = {
@@ -123,13 +152,15 @@ METHODS = {
 ABLATIONS = {
     "average_norms_rounds": "Averaging with norms restored, no alignment",
     "align_rounds": "Alignment, norms not restored",
+    "fedavg_rounds": "Naive averaging, an optimiser a robot",
 }
-"""fleet_merge taken apart; filled when asked for by name."""
+"""fleet_merge taken apart, and averaging as it usually is; filled when asked for by name."""
 MERGES: dict[str, tuple[str, dict[str, Any]]] = {
     "average_rounds": ("average", {}),
     "fleet_merge_rounds": ("fleet_merge", {}),
     "average_norms_rounds": ("average", {"norms": "auto"}),
     "align_rounds": ("fleet_merge", {"norms": False}),
+    "fedavg_rounds": ("average", {}),
 }
 """The merger and its options of each method that merges in rounds."""
 # One training serves three rows.
@@ -207,8 +238,8 @@ class Fleet:
         return round(4 * steps * size)
 
     def policy(self, robot: int) -> RecurrentPolicy:
-        """Robot ``robot``'s policy before training: its own random weights, the fleet's statistics."""
-        torch.manual_seed(self.seed * 100_003 + robot)
+        """Robot ``robot``'s policy before training: random weights (its own or common ones), the fleet's statistics."""
+        torch.manual_seed(self.seed * 100_003 + (robot if self.preset.initial == "different" else 0))
         policy = RecurrentPolicy(
             self.data[0].observations.shape[-1],
             self.data[0].actions.shape[-1],
@@ -335,6 +366,8 @@ def train(job: Job, fleet: Fleet, run: Run, report: Callable[[int, str], None]) 
         learner = FleetLearner(policies[:1], [everything], config, seed=job.seed, device=job.device)
     else:
         learner = FleetLearner(policies, fleet.data, config, seed=job.seed, device=job.device)
+    # After the first merge the robots hold equal weights; with the optimiser at the server they stay equal.
+    shared = preset.optimizer == "server" and job.kind in MERGES and job.kind != "fedavg_rounds"
     merging = job.kind in MERGES
     sizes = [value.numel() * value.element_size() for key, value in policies[0].named_parameters()]
     # Once, before training: count, mean and variance of each feature, in double precision.
@@ -343,6 +376,8 @@ def train(job: Job, fleet: Fleet, run: Run, report: Callable[[int, str], None]) 
     saved = run.load_state()
     if saved is not None:
         first, tensors, meta = saved
+        if shared:
+            learner.share(policies[0])
         learner.load_state(tensors, meta["learner"])
         cpu, curve, history, sent = meta["cpu_seconds"], meta["curve"], meta["history"], meta["bytes_sent"]
         first += 1
@@ -351,7 +386,7 @@ def train(job: Job, fleet: Fleet, run: Run, report: Callable[[int, str], None]) 
     for number in range(first, preset.rounds + 1):
         began = time.process_time()
         loss = learner.train(preset.warmup if number == 0 else preset.local_steps)
-        if merging:
+        if merging and (number == 0 or not shared):
             merger, options = MERGES[job.kind]
             if merger == "fleet_merge":
                 options = {"matcher": preset.matcher, **options}
@@ -359,10 +394,13 @@ def train(job: Job, fleet: Fleet, run: Run, report: Callable[[int, str], None]) 
             if notes:
                 facts = {"distance_before": notes[0].get("distance"), "distance_after": notes[-1].get("distance")}
                 history.append({"round": number, **facts, "norm_factor": notes[-1].get("norm_factor", 1.0)})
-            learner.stack.load([weights])
+            learner.receive([weights])
             if number == 0:
                 learner.forget_moments()
-            sent += sum(sizes)
+                if shared:
+                    learner.share(learner.stack.policies()[0])
+        if merging:
+            sent += sum(sizes)  # weights, or as many numbers of a gradient
         cpu += time.process_time() - began
         run.log(learner.step_count, loss=float(loss.mean()), round=number)
         if number in points and job.kind != "alone":
@@ -636,12 +674,16 @@ def publish(folder: Path, preset: Preset, name: str, seeds: Sequence[int], make_
     changed = [f"{key}={value}" for key, value in dataclasses.asdict(preset).items() if value != usual[key]]
     if changed:
         rows += f" --override {' '.join(changed)}"
+    whose = "of its own" if preset.initial == "different" else "common to all"
+    sent = f"every {preset.local_steps} gradient steps they send weights"
+    if preset.optimizer == "server":
+        sent = f"they send weights after {preset.warmup} gradient steps, and at each later step a gradient"
     extras: dict[str, Any] = {
         "title": f"Fleet merging on Meta-World, preset {name}{', changed' if changed else ''}",
         "description": (
             f"{robots} robots on {tasks} tasks, each with {preset.demonstrations} demonstrations "
-            "of one task and random initial weights of its own, never share data: every "
-            f"{preset.local_steps} gradient steps they send weights, which are merged into one policy for all tasks. "
+            f"of one task and random initial weights {whose}, "
+            f"never share data: {sent}, which are merged into one policy for all tasks. "
             "Success is on goals that no demonstration showed; intervals are Wilson's, 95%."
         ),
         "command": f"fleetgym bench fleet_merge --preset {name} --seeds {' '.join(map(str, seeds))}{rows}",
@@ -696,15 +738,16 @@ def _preset(name: str, overrides: Sequence[str]) -> Preset:
         raise unknown("preset", name, PRESETS)
     preset = PRESETS[name]
     kinds = {field.name: type(getattr(preset, field.name)) for field in dataclasses.fields(Preset)}
+    changes = {}
     for text in overrides:
         key, equals, value = text.partition("=")
         if key not in kinds:
             raise unknown("preset field", key, kinds)
         try:
-            preset = dataclasses.replace(preset, **{key: kinds[key](value)})
+            changes[key] = kinds[key](value)
         except ValueError as error:
             raise UserError(f"--override {text}: {key} takes a {kinds[key].__name__}") from error
-    return preset
+    return dataclasses.replace(preset, **changes)
 
 
 def main(argv: Sequence[str]) -> int:

@@ -23,9 +23,10 @@ ANNOTATED = 15
 _MEANING = {
     "alone_all": "Each robot learns from its own demonstrations only, and is then tried on the tasks of all robots.",
     "alone_own": "The same robots, each tried on its own task only: what specialists can do.",
-    "average_rounds": "Every few gradient steps the robots' weights are averaged as they are and sent back.",
+    "average_rounds": "In rounds: what the robots send is averaged as it is and sent back.",
     "fleet_merge_once": "Robots train alone to the end; then their hidden units are aligned and averaged, once.",
-    "fleet_merge_rounds": "Every few gradient steps the robots' hidden units are aligned, then averaged and sent back.",
+    "fleet_merge_rounds": "In rounds: the robots' hidden units are aligned, then what they send is averaged.",
+    "fedavg_rounds": "In rounds: each robot steps with its own Adam, and the weights are averaged as they are.",
     "joint": "One policy trained on everybody's demonstrations, which a fleet that shares no data cannot do.",
 }
 

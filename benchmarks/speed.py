@@ -7,6 +7,7 @@ accelerator.
 
 from __future__ import annotations
 
+import functools
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -16,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 
 from fleetgym.core.errors import UserError, unknown
 from fleetgym.core.files import write_json
@@ -39,6 +41,8 @@ class Comparison:
         device: Where our side works.
         unit_bytes: Bytes that one of our units writes, where the peer copies memory and its units are bytes read and
             written; the ratio is then one of bytes a second.
+        before_peer: Called before each of the peer's calls, off the clock.
+        results: What is reached, where the sides reach different things: its name, ours, the peer's.
     """
 
     unit: str
@@ -50,6 +54,8 @@ class Comparison:
     about: str = ""
     device: str = "cpu"
     unit_bytes: int = 1
+    before_peer: Callable[[], Any] | None = None
+    results: tuple[str, Callable[[], float], Callable[[], float]] | None = None
 
 
 def meta_world() -> Comparison:
@@ -108,23 +114,136 @@ def fleet_training() -> Comparison:
     return Comparison("gradient steps of a fleet of 5", 1, ours, peer, "torch.nn.GRU, one robot after the other")
 
 
-def matching() -> Comparison:
-    """Aligning two GRU-128 policies by Frank-Wolfe, beside the Sinkhorn operator that the paper describes."""
+class _Block(nn.Module):
+    """Two 3x3 convolutions and a path around them."""
+
+    def __init__(self, before: int, after: int) -> None:
+        super().__init__()
+        stride = 1 if before == after else 2
+        self.conv1 = nn.Conv2d(before, after, 3, stride, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(after)
+        self.conv2 = nn.Conv2d(after, after, 3, 1, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(after)
+        self.around = nn.Sequential()
+        if before != after:
+            self.around = nn.Sequential(nn.Conv2d(before, after, 1, stride, bias=False), nn.BatchNorm2d(after))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:  # [B, before, H, W] -> [B, after, H', W']
+        """Applies the block."""
+        y = self.bn2(self.conv2(torch.relu(self.bn1(self.conv1(x)))))
+        return torch.relu(y + self.around(x))
+
+
+class ResNet18(nn.Module):
+    """The residual network of He et al. (2016) with 18 layers, for small pictures (3x3 stem, no pooling behind it)."""
+
+    def __init__(self, classes: int = 10) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 64, 3, 1, 1, bias=False)
+        self.bn = nn.BatchNorm2d(64)
+        self.blocks = nn.Sequential(
+            *(_Block(a, b) for a, b in ((64, 64), (64, 64), (64, 128), (128, 128)) + ((128, 256), (256, 256))),
+            *(_Block(a, b) for a, b in ((256, 512), (512, 512))),
+        )
+        self.head = nn.Linear(512, classes)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:  # [B, 3, H, W] -> [B, classes]
+        """Gives the classes' logits."""
+        return self.head(self.blocks(torch.relu(self.bn(self.conv(x)))).mean((2, 3)))
+
+
+def _pair(make: Callable[[], nn.Module]) -> list[nn.Module]:
+    made = []
+    for seed in range(2):
+        torch.manual_seed(seed)
+        made.append(make().eval())
+    return made
+
+
+def matching() -> list[Comparison]:
+    """Aligning two networks by Frank-Wolfe: beside the Sinkhorn operator, and beside weight matching in PyTorch.
+
+    The peer of the last is ``rebasin`` (PyPI, 0.0.47), which restates Git Re-Basin's coordinate descent for PyTorch;
+    its tracing is not counted. Each row says the squared distance that either side ends at.
+    """
+    import copy
+
     from fleetgym.agents.networks import RecurrentPolicy
     from fleetgym.core.weights import WeightSpec
     from fleetgym.merging.matching import match
 
-    torch.manual_seed(0)
-    policies = [RecurrentPolicy(44, 4, hidden=128) for _ in range(2)]
-    spec = WeightSpec.from_module(policies[0])
-    states = [policy.state_dict() for policy in policies]
-    return Comparison(
-        "alignments",
-        1,
-        lambda: match(spec, *states, method="frank_wolfe"),
-        lambda: match(spec, *states, method="sinkhorn"),
-        "our own sinkhorn matcher",
-    )
+    rows = []
+
+    def distance(work: Callable[[], Any]) -> float:
+        return work().distance_after
+
+    for hidden in (64, 128, 256):
+        policies = _pair(lambda hidden=hidden: RecurrentPolicy(44, 4, hidden=hidden))
+        spec, states = WeightSpec.from_module(policies[0]), [policy.state_dict() for policy in policies]
+        sides = [
+            lambda m=m, spec=spec, states=states: match(spec, *states, method=m) for m in ("frank_wolfe", "sinkhorn")
+        ]
+        rows.append(
+            Comparison(
+                "alignments",
+                1,
+                *sides,
+                "our own sinkhorn matcher",
+                about=f"GRU-{hidden}",
+                results=("squared distance", *(functools.partial(distance, side) for side in sides)),
+            )
+        )
+
+    try:
+        from rebasin import PermutationCoordinateDescent
+    except ImportError:
+        print("the rows beside PyPI's rebasin are left out: pip install rebasin torchview graphviz tqdm")
+        return rows
+
+    def mlp() -> nn.Module:
+        sizes = (784, 512, 512, 512)
+        layers = [part for i, o in zip(sizes, sizes[1:]) for part in (nn.Linear(i, o), nn.ReLU())]
+        return nn.Sequential(*layers, nn.Linear(512, 10))
+
+    for name, make, example in (
+        ("MLP 784-512-512-512-10", mlp, torch.zeros(2, 784)),
+        ("ResNet-18", ResNet18, torch.zeros(2, 3, 32, 32)),
+    ):
+        a, b = _pair(make)
+        spec = WeightSpec.from_module(a, example)
+        # A fresh one for each call, made beforehand: tracing is not what is compared, and a second call would be free.
+        fresh: list[tuple[Any, nn.Module]] = []
+
+        def prepare(a: nn.Module = a, b: nn.Module = b, example: Any = example, fresh: list = fresh) -> None:
+            other = copy.deepcopy(b)
+            fresh.append((PermutationCoordinateDescent(a, other, example), other))
+
+        def peer(spec: Any = spec, a: nn.Module = a, fresh: list = fresh) -> float:
+            descent, other = fresh.pop()
+            torch.manual_seed(0)
+            descent.rebasin()
+            return spec.distance(a.state_dict(), other.state_dict())
+
+        def ours(spec: Any = spec, a: nn.Module = a, b: nn.Module = b) -> Any:
+            return match(spec, a.state_dict(), b.state_dict())
+
+        def peer_distance(prepare: Callable = prepare, peer: Callable = peer) -> float:
+            prepare()
+            return peer()
+
+        rows.append(
+            Comparison(
+                "alignments",
+                1,
+                ours,
+                peer,
+                "PyPI's rebasin 0.0.47 (weight matching)",
+                about=name,
+                before_peer=prepare,
+                results=("squared distance", functools.partial(distance, ours), peer_distance),
+            )
+        )
+    return rows
 
 
 def office_nav(device: str = "cpu") -> list[Comparison]:
@@ -282,10 +401,20 @@ def compare(comparison: Comparison, repeat: int) -> dict[str, Any]:
             torch.cuda.synchronize(comparison.device)
         return clock() - began
 
-    pairs = [(seconds(comparison.ours), seconds(comparison.peer)) for _ in range(repeat + 1)][1:]
+    pairs = []
+    for _ in range(repeat + 1):
+        ours = seconds(comparison.ours)
+        if comparison.before_peer is not None:
+            comparison.before_peer()
+        pairs.append((ours, seconds(comparison.peer)))
+    pairs = pairs[1:]
     peer_count = comparison.peer_count or comparison.count
     ratios = [comparison.count * comparison.unit_bytes / ours / (peer_count / peer) for ours, peer in pairs]
     name = "cpu" if on_cpu else "wall"
+    reached = {}
+    if comparison.results is not None:
+        what, ours_result, peer_result = comparison.results
+        reached = {"result": what, "ours_result": ours_result(), "peer_result": peer_result()}
     return {
         "unit": comparison.unit,
         "clock": name,
@@ -296,6 +425,7 @@ def compare(comparison: Comparison, repeat: int) -> dict[str, Any]:
         "ratio_min": min(ratios),
         "ratio_max": max(ratios),
         "pairs": repeat,
+        **reached,
     }
 
 
@@ -306,7 +436,8 @@ def line(comparison: Comparison, row: dict[str, Any]) -> str:
     spread = f"({row['ratio_min']:.2f} to {row['ratio_max']:.2f} in {row['pairs']} pairs)"
     measured = f"{ours:.4g} {row['unit']} a {second}, {row['peer']} {peer:.4g}"
     if comparison.unit_bytes == 1:
-        return f"{measured}: {row['ratio']:.2f} times as fast {spread}"
+        reached = f"; {row['result']} {row['ours_result']:.5g}, {row['peer_result']:.5g}" if "result" in row else ""
+        return f"{measured}: {row['ratio']:.2f} times as fast {spread}{reached}"
     return f"{measured}: at {comparison.unit_bytes} bytes each, {row['ratio']:.3f} of the bandwidth {spread}"
 
 

@@ -17,10 +17,19 @@ from fleetgym.core.registry import Registry
 
 MERGERS: Registry[Any] = Registry("merger", group="fleetgym.mergers")
 MERGERS.register("average", "fleetgym.merging.mergers:plain_average")
+MERGERS.register("dare", "fleetgym.merging.task_vectors:dare")
+MERGERS.register("distill", "fleetgym.merging.distill:distill")
+MERGERS.register("fisher", "fleetgym.merging.weighted:fisher_average")
 MERGERS.register("fleet_merge", "fleetgym.merging.fleet_merge:fleet_merge")
+MERGERS.register("regmean", "fleetgym.merging.weighted:regmean")
+MERGERS.register("task_arithmetic", "fleetgym.merging.task_vectors:task_arithmetic")
+MERGERS.register("ties", "fleetgym.merging.task_vectors:ties")
+MERGERS.register("universe", "fleetgym.merging.universe:universe")
 
 MATCHERS: Registry[Any] = Registry("matcher", group="fleetgym.matchers")
+MATCHERS.register("activations", "fleetgym.merging.activations:activations")
 MATCHERS.register("frank_wolfe", "fleetgym.merging.matching:frank_wolfe")
+MATCHERS.register("git_rebasin", "fleetgym.merging.matching:git_rebasin")
 MATCHERS.register("lap", "fleetgym.merging.matching:lap")
 MATCHERS.register("sinkhorn", "fleetgym.merging.matching:sinkhorn")
 
@@ -28,10 +37,16 @@ _HOME = {
     "MatchResult": "matching",
     "MergeResult": "mergers",
     "average": "mergers",
+    "correlations": "activations",
     "interpolate": "mergers",
+    "load_statistics": "statistics",
     "match": "matching",
+    "match_many": "matching",
     "mean_distance": "mergers",
     "merge": "mergers",
+    "merge_files": "streaming",
+    "save_statistics": "statistics",
+    "sent_bytes": "statistics",
 }
 __all__ = ["MATCHERS", "MERGERS", *_HOME]
 

@@ -16,9 +16,11 @@ from torch import Tensor, nn
 from fleetgym.core.errors import UserError, unknown
 from fleetgym.core.weights import Element, StateDict, WeightSpec
 from fleetgym.merging import MATCHERS, MERGERS
-from fleetgym.merging.matching import check_finite
+from fleetgym.merging.matching import check_finite, check_needed
 
 MEAN, STD = "normaliser.mean", "normaliser.std"
+Merged = tuple[dict[str, Tensor], list[Element], list[dict[str, Any]]]
+"""What a merger gives: weights, for each policy the element that moved it, and a history."""
 
 
 @dataclass(frozen=True)
@@ -101,6 +103,11 @@ def average(state_dicts: Sequence[StateDict], coefficients: Sequence[float] | No
     return out
 
 
+def norm_keys(spec: WeightSpec) -> list[str]:
+    """The tensors whose norms are restored: those that count in distances, but for statistics of inputs or batches."""
+    return [key for key in spec.cost_keys if key not in spec.buffers]
+
+
 @torch.no_grad()
 def restore_norms(
     merged: StateDict,
@@ -116,7 +123,7 @@ def restore_norms(
 
     Args:
         merged: The mean; not touched.
-        spec: The networks' symmetry; its tensors are scaled, others (input statistics) are left.
+        spec: The networks' symmetry; its tensors are scaled, buffers (statistics of inputs or batches) are left.
         state_dicts: What it is the mean of.
         coefficients: Their weights in the mean.
 
@@ -124,10 +131,19 @@ def restore_norms(
         The scaled state dict, and the geometric mean of the factors.
     """
     shares = normalised(coefficients, len(state_dicts))
+    norms = {
+        key: sum(share * float(state[key].double().norm()) for share, state in zip(shares, state_dicts))
+        for key in norm_keys(spec)
+    }
+    return scale_to(merged, norms)
+
+
+@torch.no_grad()
+def scale_to(merged: StateDict, norms: Mapping[str, float]) -> tuple[dict[str, Tensor], float]:
+    """:func:`restore_norms` where the norms are known: scales each tensor to its norm."""
     out, logs = dict(merged), []
-    for key in spec.cost_keys:
+    for key, wanted in norms.items():
         own = float(merged[key].double().norm())
-        wanted = sum(share * float(state[key].double().norm()) for share, state in zip(shares, state_dicts))
         # Equal networks come back to the bit.
         if own > 0 and wanted > 0 and abs(wanted / own - 1) > 1e-6:
             out[key] = merged[key] * (wanted / own)
@@ -152,22 +168,32 @@ def interpolate(weights_a: StateDict, weights_b: StateDict, lam: float) -> dict[
 
 def mean_distance(spec: WeightSpec, state_dicts: Sequence[StateDict]) -> float:
     """Mean squared distance between two of the state dicts, over all pairs, in float64."""
-    count = len(state_dicts)
-    if count == 2:
-        return spec.distance(*state_dicts)
+    return spec.distance(*state_dicts) if len(state_dicts) == 2 else _mean_distance(spec.cost_keys, state_dicts)
+
+
+def _mean_distance(keys: Sequence[str], state_dicts: Sequence[StateDict]) -> float:
     spread = 0.0
-    for key in spec.cost_keys:
+    for key in keys:
         stack = torch.stack([state[key].double() for state in state_dicts])
         # The sum over pairs is N times the sum around the mean.
         spread += float((stack - stack.mean(0)).square().sum())
-    return 2.0 * spread / max(1, count - 1)
+    return 2.0 * spread / max(1, len(state_dicts) - 1)
+
+
+def pointing_keys(spec: WeightSpec) -> list[str]:
+    """The tensors that show which way a network points: matrices and filters with units that can move.
+
+    Gains and running variances lie near one in unrelated networks, too.
+    """
+    keys = [key for key in spec.cost_keys if not all(axis.fixed for axis in spec.axes[key]) and key not in spec.buffers]
+    return [key for key in keys if len(spec.axes[key]) > 1] or keys
 
 
 def point_the_same_way(spec: WeightSpec, states: Sequence[StateDict]) -> bool:
     """Whether the mean cosine between two networks exceeds 1/2, as it does after a shared initialisation."""
-    keys = [key for key in spec.cost_keys if not all(axis.fixed for axis in spec.axes[key])]
+    keys = pointing_keys(spec)
     squares = sum(float(state[key].double().square().sum()) for state in states for key in keys) / len(states)
-    return mean_distance(spec, states) < squares  # ||a - b||^2 = 2 |a|^2 (1 - cosine)
+    return _mean_distance(keys, states) < squares  # ||a - b||^2 = 2 |a|^2 (1 - cosine)
 
 
 def wants_norms(norms: bool | str, spec: WeightSpec, states: Sequence[StateDict]) -> bool:
@@ -187,7 +213,7 @@ def plain_average(
     *,
     coefficients: Sequence[float] | None = None,
     norms: bool | str = False,
-) -> tuple[dict[str, Tensor], list[Element], list[dict[str, Any]]]:
+) -> Merged:
     """The merger ``average``: no alignment, and no :func:`restore_norms` unless ``norms`` is True or ``"auto"``."""
     weights, history = average(state_dicts, coefficients), []
     if wants_norms(norms, spec, state_dicts):
@@ -196,7 +222,7 @@ def plain_average(
     return weights, [spec.identity() for _ in state_dicts], history
 
 
-def merge(method: str, policies: Sequence[Any], **options: Any) -> MergeResult:
+def merge(method: str, policies: Sequence[Any], *, example_input: Any = None, **options: Any) -> MergeResult:
     """Merges policies of one architecture into one.
 
     Everything is checked before any work starts, and no input is changed.
@@ -207,9 +233,11 @@ def merge(method: str, policies: Sequence[Any], **options: Any) -> MergeResult:
         policies: Modules, checkpoints (or paths of checkpoints), or a pair ``(spec, state_dicts)``. Policies that
             normalise their observations by statistics of their own (buffers ``normaliser.mean`` and
             ``normaliser.std``) are first re-expressed under pooled statistics by their ``renormalise(mean, std)``.
+        example_input: A tensor (or a tuple of arguments) to run the policies on, for modules whose symmetry shows only
+            then (convolutions, attention); see :meth:`WeightSpec.from_module`.
         options: ``coefficients``, one weight a policy, and the merger's own; for ``fleet_merge``: ``matcher`` (``lap``,
-            ``frank_wolfe``, ``sinkhorn``), ``signs``, ``max_passes``, ``reference``, ``device``, ``seed`` and the
-            matcher's options.
+            ``frank_wolfe``, ``git_rebasin``, ``sinkhorn``), ``signs``, ``max_passes``, ``reference``, ``device``,
+            ``seed`` and the matcher's options.
 
     Returns:
         The merged weights, and how they came about.
@@ -217,22 +245,28 @@ def merge(method: str, policies: Sequence[Any], **options: Any) -> MergeResult:
     Raises:
         UserError: Unknown merger, matcher or option (with the three nearest names); fewer than two policies; a policy
             of another architecture or observation size, or with NaN weights (the message has the policy, the key and
-            both shapes).
+            both shapes); a symmetry that cannot be derived, or an example for one that is given.
     """
+    check_merger(method, options)
     merger = MERGERS.get(method)
-    _check_names(method, merger, options)
     names, modules, spec, states = _load(policies)
+    if spec is not None and example_input is not None:
+        raise UserError("example_input shows the symmetry of modules; (spec, state_dicts) has it: leave one out")
     shares = normalised(options.get("coefficients"), len(states))
 
     _check_alike(names, modules, states)
     for name, state in zip(names, states):
         check_finite(state, name)
     if spec is None:
-        spec = WeightSpec.from_module(modules[0])
+        spec = WeightSpec.from_module(modules[0], example_input)
     for name, state in zip(names, states):
         spec.validate(state, name=name)
     states = _renormalised(names, modules, states, shares)
 
+    if "module" in inspect.signature(merger).parameters:
+        if modules[0] is None:
+            raise UserError(f"merger {method!r} runs the policies: give modules or checkpoints, not state dicts")
+        options["module"] = modules[0]
     before = mean_distance(spec, states)
     weights, elements, history = merger(spec, states, **options)
     aligned = [spec.apply(state, element) for state, element in zip(states, elements)]
@@ -242,17 +276,27 @@ def merge(method: str, policies: Sequence[Any], **options: Any) -> MergeResult:
     )
 
 
-def _check_names(method: str, merger: Any, options: Mapping[str, Any]) -> None:
+def check_merger(method: str, options: Mapping[str, Any]) -> None:
+    """Checks a merger's name and options before any work.
+
+    Raises:
+        UserError: There is no such merger or matcher, or an option is not one of theirs, or one that they need is
+            missing.
+    """
+    merger = MERGERS.get(method)
     parameters = inspect.signature(merger).parameters
-    known = [name for name, p in parameters.items() if p.kind is not p.VAR_KEYWORD][2:]
+    known = [name for name, p in parameters.items() if p.kind is not p.VAR_KEYWORD and name != "module"][2:]
     if "matcher" in parameters:
-        matcher = MATCHERS.get(options.get("matcher", parameters["matcher"].default))
+        name = options.get("matcher", parameters["matcher"].default)
+        matcher = MATCHERS.get(name)
+        check_needed(f"matcher {name!r}", matcher, options)
         known += list(inspect.signature(matcher).parameters)[2:]
     elif any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
         return  # a foreign merger that judges its options itself
     for name in options:
         if name not in known:
             raise unknown(f"option of merger {method!r}", name, known)
+    check_needed(f"merger {method!r}", merger, options, skip=("module",))
 
 
 def _load(policies: Any) -> tuple[list[str], list[nn.Module | None], WeightSpec | None, list[dict[str, Tensor]]]:
@@ -316,6 +360,16 @@ def _check_alike(names: Sequence[str], modules: Sequence[nn.Module | None], stat
             raise UserError(f"{name} cannot be merged with {names[0]}: {'; '.join(said)}; merge policies of one kind")
 
 
+def pooled(means: Sequence[Tensor], stds: Sequence[Tensor], shares: Sequence[float]) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation of pooled data, in float64, from those of its parts."""
+    mean = sum(share * m.double() for share, m in zip(shares, means))
+    # The variance of pooled data: the mean variance plus the variance of the means.
+    variance = sum(
+        share * (s.double().square() + (m.double() - mean).square()) for share, m, s in zip(shares, means, stds)
+    )
+    return mean, variance.sqrt()
+
+
 def _renormalised(
     names: Sequence[str],
     modules: Sequence[nn.Module | None],
@@ -336,15 +390,11 @@ def _renormalised(
                 f"{names[differs[0]]} normalises observations by other statistics than {names[0]}, and {name} has no "
                 "renormalise(mean, std) to bring them together; train all with the same statistics"
             )
-    means = [state[MEAN].double() for state in states]
-    variances = [state[STD].double().square() for state in states]
-    mean = sum(share * m for share, m in zip(shares, means))
-    # The variance of pooled data: the mean variance plus the variance of the means.
-    variance = sum(share * (v + (m - mean).square()) for share, m, v in zip(shares, means, variances))
+    mean, std = pooled([state[MEAN] for state in states], [state[STD] for state in states], shares)
     copies = []
     for module in modules:
         module = copy.deepcopy(module)
         with torch.no_grad():
-            module.renormalise(mean.to(states[0][MEAN]), variance.sqrt().to(states[0][STD]))
+            module.renormalise(mean.to(states[0][MEAN]), std.to(states[0][STD]))
         copies.append({key: value.detach() for key, value in module.state_dict().items()})
     return [{key: value.to(states[0][key].device) for key, value in state.items()} for state in copies]

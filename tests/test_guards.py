@@ -47,17 +47,19 @@ PACKAGES = {
     "merging": ({"numpy", "torch", "scipy"}, {"numba"}),
     "benchmarks": (
         {"numpy", "torch", "gymnasium", "tyro"},
-        {"rich", "matplotlib", "PIL", "mujoco", "metaworld", "minigrid"},
+        {"rich", "matplotlib", "PIL", "mujoco", "metaworld", "minigrid", "rebasin"},
     ),
     "cli": ({"tyro"}, None),  # None: anything
     "root": (set(), set()),
 }
-# A world's own folder may import its simulator at the top: whoever imports it wants that world.
+# A world's own folder may import its simulator at the top: whoever imports it wants that world. So may Flower's.
 WORLDS = {
     "envs/meta_world/": {"mujoco", "metaworld", "scipy", "numba"},
     "envs/office_nav/torch_": {"torch"},
     "envs/office_nav/": {"numba"},
     "envs/rendering.py": {"mujoco"},
+    "merging/federated.py": {"flwr", "safetensors"},
+    "merging/fleet_link.py": {"cryptography", "flwr", "httpx", "uvicorn"},
 }
 
 

@@ -83,3 +83,48 @@ def test_bad_input():
         FleetLearner([policy()], [poisoned], CONFIG)
     with pytest.raises(UserError, match="learning_rate=0"):
         ImitationConfig(learning_rate=0.0)
+
+
+def test_a_shared_policy_follows_the_mean_of_the_robots_gradients():
+    data = [memory_task(0), memory_task(1, 30, 9), memory_task(2, 20, 30)]
+    config = ImitationConfig(steps=400, batch_size=16, learning_rate=1e-2, gradient_clip=1e9)
+    apart = FleetLearner([policy(0)] * 3, data, config, seed=3)
+    together = FleetLearner([policy(1), policy(2), policy(3)], data, config, seed=3)
+    together.share(policy(0))
+    draw = apart._draw()
+    losses = [learner._backward(*draw) for learner in (apart, together)]
+    torch.testing.assert_close(*losses)
+    wanted = {name: value.grad.mean(0, keepdim=True) for name, value in apart.stack.named_parameters()}
+    found = {name: value.grad for name, value in together.stack.named_parameters()}
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-6)
+
+
+def test_sharing_learns_and_resumes_to_the_same():
+    def learner():
+        learner = FleetLearner([policy(k) for k in range(3)], [memory_task(k) for k in range(3)], CONFIG, seed=3)
+        learner.share(policy(0))
+        return learner
+
+    whole, first, second = learner(), learner(), learner()
+    before = float(whole.train(1).mean())
+    assert float(whole.train(149).mean()) < 0.3 * before
+    first.train(60)
+    second.load_state(*first.state())
+    second.train(90)
+    for name, value in whole.stack.state_dict().items():
+        assert len(value) == 1 and torch.equal(value, second.stack.state_dict()[name])
+    with pytest.raises(UserError, match="configuration"):
+        whole.share(policy(cell="lstm"))
+
+
+def test_a_fleet_too_large_for_the_cache_runs_in_parts(monkeypatch):
+    def trained():
+        learner = FleetLearner([policy(k) for k in range(3)], [memory_task(k, time=9 + k) for k in range(3)], CONFIG)
+        return learner.train(5), learner.stack.state_dict()
+
+    loss, weights = trained()
+    size = sum(p.numel() for p in policy().parameters())
+    monkeypatch.setattr("fleetgym.agents.imitation._WEIGHTS", 2 * size)  # robots 0 and 1, then robot 2
+    parts = trained()
+    torch.testing.assert_close(parts[0], loss)
+    torch.testing.assert_close(dict(parts[1]), dict(weights), rtol=1e-4, atol=1e-5)

@@ -13,7 +13,7 @@ import torch
 
 from fleetgym.benchmarks import fleet_merge, leaderboard
 from fleetgym.benchmarks.fleet_merge import METHODS, Job, Preset
-from fleetgym.core import EvalRecord, UserError
+from fleetgym.core import Checkpoint, EvalRecord, UserError
 
 TINY = Preset(
     tasks="reach-v3,door-close-v3", robots_per_task=2, demonstrations=2, hidden=8, warmup=2, local_steps=2, rounds=4,
@@ -76,16 +76,21 @@ class Stop(Exception):
     pass
 
 
-@pytest.mark.parametrize("kind", ["fleet_merge_rounds", "joint"])
-def test_a_stopped_job_goes_on_to_the_same_result(folder, tmp_path, kind):
-    job = Job(kind, 0, TINY, str(folder), save_every=0.0)
+SERVER = dataclasses.replace(TINY, optimizer="server", local_steps=1, rounds=6)
+
+
+@pytest.mark.parametrize(
+    ("kind", "preset"), [("fleet_merge_rounds", TINY), ("joint", TINY), ("fleet_merge_rounds", SERVER)]
+)
+def test_a_stopped_job_goes_on_to_the_same_result(folder, tmp_path, kind, preset):
+    job = Job(kind, 0, preset, str(folder), save_every=0.0)
     fleet_merge.run_job(job, silent)
     whole = outcome(folder, kind)
     fleet_merge.record_path(folder, kind, 0).unlink()
     (folder / "training" / "seed0" / kind).rename(tmp_path / "first")
 
     def stop(name, done, total, words):
-        if done >= TINY.warmup + TINY.local_steps:
+        if done >= preset.warmup + preset.local_steps:
             raise Stop
 
     with pytest.raises(Stop):
@@ -93,13 +98,45 @@ def test_a_stopped_job_goes_on_to_the_same_result(folder, tmp_path, kind):
     assert not fleet_merge.record_path(folder, kind, 0).exists()
     seen = []
     fleet_merge.run_job(job, lambda name, done, total, words: seen.append(done))
-    assert seen[0] > TINY.warmup  # it did not begin again
+    assert seen[0] > preset.warmup  # it did not begin again
     assert outcome(folder, kind) == whole
     weights = [
         path / "checkpoints" / "last" / "model.safetensors"
         for path in (tmp_path / "first", folder / "training" / "seed0" / kind)
     ]
     assert weights[0].read_bytes() == weights[1].read_bytes()
+
+
+def test_with_the_optimiser_at_the_server_only_the_first_merge_differs(folder):
+    for kind in ("average_rounds", "fleet_merge_rounds", "fedavg_rounds"):
+        fleet_merge.run_job(Job(kind, 0, SERVER, str(folder)), silent)
+    records = {
+        kind: EvalRecord.load(fleet_merge.record_path(folder, kind, 0)).metrics
+        for kind in ("average_rounds", "fleet_merge_rounds", "fedavg_rounds")
+    }
+    assert len({metrics["bytes_sent"] for metrics in records.values()}) == 1
+    (first,) = records["fleet_merge_rounds"]["merges"]
+    assert first["round"] == 0 and first["norm_factor"] > 1.1
+    assert not records["average_rounds"]["merges"]
+
+    def final(kind):
+        path = folder / "training" / "seed0" / kind / "checkpoints" / "last"
+        return torch.cat([p.detach().flatten() for p in Checkpoint.load(path).module().parameters()])
+
+    weights = {kind: final(kind) for kind in records}
+    # Unrelated initialisations cancel in a plain mean, whoever steps afterwards.
+    assert weights["fleet_merge_rounds"].norm() > 1.2 * weights["average_rounds"].norm()
+    assert not torch.equal(weights["average_rounds"], weights["fedavg_rounds"])
+
+
+def test_from_the_same_weights_alignment_changes_nothing(folder):
+    preset = dataclasses.replace(SERVER, initial="same", rounds=1, curve_points=1)
+    weights = []
+    for kind in ("average_rounds", "fleet_merge_rounds"):
+        fleet_merge.run_job(Job(kind, 0, preset, str(folder)), silent)
+        path = folder / "training" / "seed0" / kind / "checkpoints" / "last" / "model.safetensors"
+        weights.append(path.read_bytes())
+    assert weights[0] == weights[1]
 
 
 def test_robots_share_neither_data_nor_initial_weights(folder):
@@ -119,6 +156,12 @@ def test_bad_input():
         fleet_merge.main(["--override", "round=3"])
     with pytest.raises(UserError, match="rounds takes a int"):
         fleet_merge.main(["--override", "rounds=many"])
+    with pytest.raises(UserError, match="unknown optimizer 'sever'; nearest: 'server'"):
+        fleet_merge.main(["--override", "optimizer=sever"])
+    with pytest.raises(UserError, match="unknown initial 'equal'"):
+        fleet_merge.main(["--override", "initial=equal"])
+    with pytest.raises(UserError, match="use local_steps=1"):
+        fleet_merge.main(["--override", "optimizer=server", "local_steps=5"])
     with pytest.raises(UserError, match="nearest: 'reach-v3'"):
         fleet_merge.main(["--override", "tasks=reach-v4,push-v3"])
     if not torch.cuda.is_available():

@@ -169,7 +169,7 @@ def test_the_gradient_is_that_of_the_objective():
 
     def value(step):
         at = {g: x + step * direction[g] for g, x in point.items()}
-        linear = {g: problem.linear[g][None] for g in at}
+        linear = {g: problem.linear[g] for g in at}
         return float(0.5 * (problem.inner(problem.gradient(at), at) + problem.inner(linear, at)))
 
     slope = float(problem.inner(problem.gradient(point), direction))
@@ -183,7 +183,7 @@ def test_frank_wolfe_climbs_within_the_polytope():
     values = []
     for iterations in (1, 2, 4, 8, 16):
         point, _ = ascend(problem, problem.barycentre(2), iterations)
-        linear = {g: problem.linear[g][None].expand_as(point[g]) for g in point}
+        linear = {g: problem.linear[g].expand_as(point[g]) for g in point}
         value = 0.5 * (problem.inner(problem.gradient(point), point) + problem.inner(linear, point))
         values.append(float(value[0]))
         assert float(value[0]) == pytest.approx(float(value[1]))

@@ -19,6 +19,7 @@ VERBS = {
     "train": "train a policy from demonstrations",
     "eval": "evaluate a checkpoint, with an interval",
     "merge": "merge checkpoints of one architecture into one",
+    "fleet": "merge the policies of robots on many machines, in rounds",
     "bench": "run a benchmark: train, merge, evaluate, compare",
     "leaderboard": "make the table, the page and the plots from records",
     "list": "what there is: environments, suites, agents, mergers, benchmarks",

@@ -24,16 +24,17 @@ class Options:
     """A merger that `fleetgym list mergers` prints, such as average or fleet_merge."""
 
     runs: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="RUN RUN ...")]
-    """Folders of checkpoints, or of runs (their last checkpoint is taken); at least two."""
+    """Folders of checkpoints, or of runs (their last checkpoint is taken), or .safetensors files of plain state dicts
+    (with --spec); at least two."""
 
     out: Path
-    """The folder to write the merged checkpoint to."""
+    """The folder to write the merged checkpoint to; a .safetensors file where state dicts are merged."""
 
     overwrite: bool = False
     """Replace a checkpoint at --out."""
 
     matcher: str | None = None
-    """How to align: lap, frank_wolfe or sinkhorn; the merger's own choice by default."""
+    """How to align: frank_wolfe, lap, git_rebasin or sinkhorn; the merger's own choice by default."""
 
     signs: bool = True
     """Whether the alignment may flip signs of units, where the network allows it."""
@@ -43,6 +44,15 @@ class Options:
 
     coefficients: tuple[float, ...] | None = None
     """The weight of each model in the average, one a model."""
+
+    spec: Path | None = None
+    """For plain state dicts: the JSON file of their WeightSpec (its to_dict())."""
+
+    statistics: tuple[Path, ...] = ()
+    """What each robot sent beside its weights, one .safetensors file a model (fisher, regmean, distill)."""
+
+    base: Path | None = None
+    """The checkpoint (or .safetensors file) that training began from (task_arithmetic, ties, dare)."""
 
 
 def main(argv: Sequence[str]) -> int:
@@ -60,23 +70,42 @@ def main(argv: Sequence[str]) -> int:
     from fleetgym.merging import MERGERS
 
     MERGERS.get(options.method)  # an unknown method is said before anything is read
+    if options.statistics and len(options.statistics) != len(options.runs):
+        raise UserError(
+            f"--statistics has {len(options.statistics)} files for {len(options.runs)} models; give one each"
+        )
+    for path in options.runs:
+        if path.suffix == ".zip":
+            raise UserError(
+                f"{path} looks like a model of Stable-Baselines3; such files hold pickles, which fleetgym never opens. "
+                "Export it with save_tensors(path, actor(model).state_dict()) where the model is loaded: "
+                "docs/merging.md has the lines"
+            )
+    if all(path.suffix == ".safetensors" for path in options.runs):
+        return _state_dicts(options)
+    if options.spec is not None:
+        raise UserError(f"--spec {options.spec} is for .safetensors files; a checkpoint says itself what it is")
 
     from fleetgym.core.checkpoint import Checkpoint
     from fleetgym.core.run import find_checkpoint
     from fleetgym.merging import merge
+    from fleetgym.merging.streaming import METHODS, merge_files
 
-    checkpoints = [Checkpoint.load(find_checkpoint(path)) for path in options.runs]
-    for checkpoint in checkpoints:
-        check_same(checkpoints[0], checkpoint)
+    paths = [find_checkpoint(path) for path in options.runs]
+    first = Checkpoint.load(paths[0])
+    sums = []
+    for path in paths:  # one at a time: there may be more of them than memory holds
+        checkpoint = Checkpoint.load(path)
+        check_same(first, checkpoint)
         checkpoint.check_finite()
-    names = ("matcher", "max_passes", "coefficients")
-    # Only what was asked for: a merger need not know every option.
-    chosen: dict[str, Any] = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
-    if not options.signs:
-        chosen["signs"] = False
-    result = merge(options.method, checkpoints, **chosen)
+        sums.append(checkpoint.weights_sha256)
+    chosen = _chosen(options)
+    if options.method in METHODS:
+        result: Any = merge_files(paths, method=options.method, **chosen)
+    else:
+        result = merge(options.method, [str(path) for path in paths], **chosen, **_files(options))
 
-    module = checkpoints[0].module()
+    module = first.module()
     module.load_state_dict(result.weights)
     facts: dict[str, Any] = {
         "metrics": {"distance_before": float(result.distance_before), "distance_after": float(result.distance_after)},
@@ -84,16 +113,74 @@ def main(argv: Sequence[str]) -> int:
             "method": options.method,
             "options": chosen,
             "from": [path.name for path in options.runs],
-            "weights_sha256": [checkpoint.weights_sha256 for checkpoint in checkpoints],
+            "weights_sha256": sums,
         },
     }
-    saved = Checkpoint.save(options.out, module, normaliser=checkpoints[0].normaliser, info=facts)
+    saved = Checkpoint.save(options.out, module, normaliser=first.normaliser, info=facts)
+    _tell(options.method, f"{len(paths)} checkpoints of {first.architecture}", result, saved.path)
+    return 0
+
+
+def _chosen(options: Options) -> dict[str, Any]:
+    """Only what was asked for: a merger need not know every option."""
+    names = ("matcher", "max_passes", "coefficients")
+    chosen: dict[str, Any] = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
+    return chosen if options.signs else {**chosen, "signs": False}
+
+
+def _files(options: Options) -> dict[str, Any]:
+    """The files that some mergers take."""
+    from fleetgym.core.checkpoint import load_tensors
+    from fleetgym.merging import load_statistics
+
+    out: dict[str, Any] = {}
+    if options.statistics:
+        out["statistics"] = [load_statistics(path) for path in options.statistics]
+    if options.base is not None:
+        plain = options.base.suffix == ".safetensors"
+        out["base"] = load_tensors(options.base) if plain else str(options.base)
+    return out
+
+
+def _state_dicts(options: Options) -> int:
+    """Merges plain state dicts whose symmetry a file declares."""
+    from fleetgym.core.checkpoint import load_tensors, save_tensors
+    from fleetgym.core.files import atomic_write, read_json
+    from fleetgym.core.weights import WeightSpec
+    from fleetgym.merging import merge
+    from fleetgym.merging.streaming import METHODS, merge_files
+
+    if options.spec is None:
+        raise UserError(
+            "plain state dicts do not say what network they are of: give --spec, the JSON file of its WeightSpec, "
+            "written by write_json(path, WeightSpec.from_module(network).to_dict())"
+        )
+    if options.out.suffix != ".safetensors":
+        raise UserError(f"--out {options.out}: merged state dicts are written to a .safetensors file")
+    try:
+        spec = WeightSpec.from_dict(read_json(options.spec))
+    except (KeyError, TypeError, AttributeError) as error:
+        raise UserError(
+            f"{options.spec} does not hold a WeightSpec ({error!r}); write its to_dict() as JSON"
+        ) from error
+    chosen = _chosen(options)
+    if options.method in METHODS:
+        result: Any = merge_files(options.runs, method=options.method, spec=spec, **chosen)
+    else:
+        states = [load_tensors(path) for path in options.runs]
+        result = merge(options.method, (spec, states), **chosen, **_files(options))
+    with atomic_write(options.out) as temporary:
+        save_tensors(temporary, result.weights)
+    _tell(options.method, f"{len(options.runs)} state dicts", result, options.out)
+    return 0
+
+
+def _tell(method: str, what: str, result: Any, path: Path) -> None:
     before, after = float(result.distance_before), float(result.distance_after)
     change = f" ({(after - before) / before:+.1%})" if before > 0 else ""
-    print(f"{options.method} of {len(checkpoints)} checkpoints of {checkpoints[0].architecture}")
+    print(f"{method} of {what}")
     print(f"squared weight distance {before:.6g} -> {after:.6g}{change}")
-    print(f"written to {saved.path}")
-    return 0
+    print(f"written to {path}")
 
 
 def check_same(first: Checkpoint, other: Checkpoint) -> None:

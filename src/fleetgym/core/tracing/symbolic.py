@@ -23,152 +23,22 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from fleetgym.core.errors import UserError
-from fleetgym.core.weights import Axis, WeightSpec
-
-
-class _Conflict(Exception):
-    """Two axes that the module combines cannot be the same; becomes a UserError that names the operation."""
-
-
-# ---- wires ----------------------------------------------------------------------------------------------------------
-
-
-class _Node:
-    """A stretch of an axis whose units move (or change sign) together; a union-find node that can be split."""
-
-    __slots__ = ("size", "fixed", "name", "parent", "parts")
-
-    def __init__(self, size: int | None, fixed: bool = False, name: str = "") -> None:
-        self.size, self.fixed, self.name = size, fixed, name
-        self.parent: _Node | None = None
-        self.parts: list[_Node] = []
-
-    def root(self) -> _Node:
-        node = self
-        while node.parent is not None:
-            node = node.parent
-        return node
-
-    def leaves(self) -> list[_Node]:
-        root = self.root()
-        return [leaf for part in root.parts for leaf in part.leaves()] if root.parts else [root]
-
-    def split(self, *sizes: int) -> None:
-        start = 0
-        for size in sizes:
-            name = self.name if self.fixed else f"{self.name}[{start}:{start + size}]"
-            self.parts.append(_Node(size, self.fixed, name))
-            start += size
-
-
-Wire = list[_Node]
-
-
-def _leaves(wire: Wire) -> Wire:
-    return [leaf for node in wire for leaf in node.leaves()]
-
-
-def _total(wire: Wire) -> int | None:
-    sizes = [leaf.size for leaf in _leaves(wire)]
-    return None if None in sizes else sum(sizes)
-
-
-def _pin(*wires: Wire) -> None:
-    for wire in wires:
-        for leaf in _leaves(wire):
-            leaf.fixed = True
-
-
-def _fixed(size: int | None, name: str = "fixed") -> Wire:
-    return [_Node(size, True, name)]
-
-
-def _is_fixed(wire: Wire) -> bool:
-    return all(leaf.fixed for leaf in _leaves(wire))
-
-
-def _resize(wire: Wire, size: int) -> None:
-    """Tells a wire its length: fills in the one stretch whose length was not known."""
-    open_ = [leaf for leaf in _leaves(wire) if leaf.size is None]
-    known = sum(leaf.size or 0 for leaf in _leaves(wire))
-    if len(open_) == 1 and size >= known:
-        open_[0].size = size - known
-    elif not open_ and known != size:
-        raise _Conflict(f"an axis of {known} units meets one of {size}")
-
-
-def _aligned(a: Wire, b: Wire) -> list[tuple[_Node, _Node]] | None:
-    """Splits both wires at each other's borders; None if a length is not known (such wires are fixed ones)."""
-    if _total(a) is None and _total(b) is not None:
-        _resize(a, _total(b))
-    if _total(b) is None and _total(a) is not None:
-        _resize(b, _total(a))
-    if _total(a) is None or _total(b) is None:
-        return None
-    if _total(a) != _total(b):
-        raise _Conflict(f"an axis of {_total(a)} units meets one of {_total(b)}")
-    # A node may stand several times in a wire (the gates of a cell), so after a split all is read again.
-    while True:
-        pairs, split = [], False
-        left, right = _leaves(a), _leaves(b)
-        for x, y in zip(left, right):
-            if x.size != y.size:
-                big, small = (x, y) if x.size > y.size else (y, x)
-                big.split(small.size, big.size - small.size)
-                split = True
-                break
-            pairs.append((x, y))
-        if not split:
-            return pairs
-
-
-def _tie(a: Wire, b: Wire) -> None:
-    pairs = _aligned(a, b)
-    if pairs is None:
-        _pin(a, b)
-        return
-    for x, y in pairs:
-        p, q = x.root(), y.root()
-        if p is not q:
-            q.parent = p
-            p.fixed = p.fixed or q.fixed
-            if p.name in ("", "fixed"):
-                p.name = q.name
-
-
-def _product_signs(a: Wire, b: Wire) -> Wire:
-    """The signs that a product carries: those of the one factor that has any; none if both have the same."""
-    pairs = _aligned(a, b)
-    if pairs is None:
-        _pin(a, b)
-        return _fixed(_total(a) or _total(b))
-    out = []
-    for x, y in pairs:
-        if x.fixed:
-            out.append(y)
-        elif y.fixed:
-            out.append(x)
-        else:
-            if x.root() is not y.root():
-                _pin([x], [y])
-            out.append(_Node(x.size, True))
-    return out
-
-
-def _cut(wire: Wire, start: int, stop: int) -> Wire:
-    """The stretch [start, stop) of a wire."""
-    total = _total(wire)
-    if total is None:
-        return _fixed(stop - start)
-    borders = [_Node(size, True) for size in (start, stop - start, total - stop) if size]
-    _aligned(wire, borders)
-    out, offset = [], 0
-    for leaf in _leaves(wire):
-        if start <= offset < stop:
-            out.append(leaf)
-        offset += leaf.size
-    return out
-
+from fleetgym.core.tracing.build import build
+from fleetgym.core.tracing.wires import (
+    Conflict,
+    Node,
+    Wire,
+    cut,
+    fixed_wire,
+    is_fixed,
+    leaves,
+    pin,
+    product_signs,
+    resize,
+    tie,
+    total,
+)
+from fleetgym.core.weights import WeightSpec
 
 # ---- values ---------------------------------------------------------------------------------------------------------
 
@@ -184,11 +54,11 @@ class _Value:
 
     @property
     def size(self) -> int | None:
-        return _total(self.perm)
+        return total(self.perm)
 
     @property
     def fixed(self) -> bool:
-        return _is_fixed(self.perm) and _is_fixed(self.sign)
+        return is_fixed(self.perm) and is_fixed(self.sign)
 
 
 @dataclass
@@ -224,7 +94,7 @@ class _Shape(_Plain):
 
 
 def _constant(value: _Value | None = None, size: int | None = None, rank: int | None = None) -> _Value:
-    return _Value(_fixed(size), _fixed(size), rank if value is None else value.rank)
+    return _Value(fixed_wire(size), fixed_wire(size), rank if value is None else value.rank)
 
 
 RULES: dict[Any, Callable[..., Any]] = {}
@@ -272,21 +142,19 @@ class Derivation:
         known = self.dims.setdefault(key, [None] * len(dims))
         for i, (perm, sign) in enumerate(dims):
             for wire in (perm, sign):
-                _resize(wire, self.tensors[key].shape[i])
+                resize(wire, self.tensors[key].shape[i])
             if known[i] is None:
                 known[i] = (perm, sign)
             else:
-                _tie(known[i][0], perm)
-                _tie(known[i][1], sign)
+                tie(known[i][0], perm)
+                tie(known[i][1], sign)
 
     def axes_of(self, param: _Param) -> list[tuple[Wire, Wire]]:
         """The wires of a parameter that is used directly; fresh ones if it was not seen before."""
         if param.key not in self.dims:
             shape = param.tensor.shape
             names = [f"{param.key}:{i}" if len(shape) > 1 else param.key for i in range(len(shape))]
-            self.dims[param.key] = [
-                ([_Node(n, n == 1, name)], [_Node(n, n == 1, name)]) for n, name in zip(shape, names)
-            ]
+            self.dims[param.key] = [([Node(n, n == 1, name)], [Node(n, n == 1, name)]) for n, name in zip(shape, names)]
         dims = self.dims[param.key]
         return dims[::-1] if param.transposed else dims
 
@@ -297,9 +165,9 @@ class Derivation:
         if isinstance(item, _Param):
             dims = self.axes_of(item)
             for perm, sign in dims[:-1]:
-                _pin(perm, sign)  # only its last dimension is followed
+                pin(perm, sign)  # only its last dimension is followed
             return _Value(*dims[-1], rank=len(dims)) if dims else _constant(size=1, rank=0)
-        raise _Conflict(f"{type(item).__name__.strip('_').lower()} where a tensor of features is expected")
+        raise Conflict(f"{type(item).__name__.strip('_').lower()} where a tensor of features is expected")
 
     def linear(self, path: str, x: _Value, weight: str, bias: str | None) -> _Value:
         """The rule of ``x W^T + b`` for keys of the state dict."""
@@ -307,7 +175,7 @@ class Derivation:
         if weight in self.dims and self.dims[weight][0] is not None:
             out = self.dims[weight][0]
         else:
-            out = ([_Node(size, name=path)], [_Node(size, name=path)])
+            out = ([Node(size, name=path)], [Node(size, name=path)])
         self.assign(weight, out, (x.perm, x.sign))
         if bias is not None:
             self.assign(bias, out)
@@ -341,14 +209,14 @@ def _recurrent(d: Derivation, path: str, module: nn.RNNBase, x: Any, state: Any 
         for suffix in ("", "_reverse")[: 2 if module.bidirectional else 1]:
             name = f"{path}.{layer}".lstrip(".") + suffix.replace("_", ".")
             n, p = module.hidden_size, module.proj_size
-            unit: Wire = [_Node(n, name=name)]
-            sign: Wire = [_Node(n, name=name)] if any(signed) else _fixed(n)
+            unit: Wire = [Node(n, name=name)]
+            sign: Wire = [Node(n, name=name)] if any(signed) else fixed_wire(n)
             out, out_sign = unit, sign
             if p:
-                out, out_sign = [_Node(p, name=f"{name}.proj")], [_Node(p, name=f"{name}.proj")]
+                out, out_sign = [Node(p, name=f"{name}.proj")], [Node(p, name=f"{name}.proj")]
                 d.assign(_key(path, f"weight_hr_l{layer}{suffix}"), (out, out_sign), (unit, sign))
             # Stacked blocks of rows are the same unit over and over; the same node then stands in the wire repeatedly.
-            rows = (unit * len(signed), [node for flag in signed for node in (sign if flag else _fixed(n))])
+            rows = (unit * len(signed), [node for flag in signed for node in (sign if flag else fixed_wire(n))])
             d.assign(_key(path, f"weight_ih_l{layer}{suffix}"), rows, (x.perm, x.sign))
             d.assign(_key(path, f"weight_hh_l{layer}{suffix}"), rows, (out, out_sign))
             for bias in ("bias_ih", "bias_hh"):
@@ -369,20 +237,20 @@ def _accept_state(d: Derivation, item: Any, rows: list[_Value]) -> None:
     value = d.value(item)
     for row in rows:
         if len(rows) > 1 or value.fixed:
-            _pin(row.perm, row.sign, value.perm, value.sign)
+            pin(row.perm, row.sign, value.perm, value.sign)
         else:
-            _tie(row.perm, value.perm)
-            _tie(row.sign, value.sign)
+            tie(row.perm, value.perm)
+            tie(row.sign, value.sign)
 
 
 def _norm_affine(d: Derivation, path: str, module: nn.Module, x: _Value, keeps_sign: bool) -> _Value:
     if len(module.normalized_shape) != 1:
-        raise _Conflict(f"normalises over {len(module.normalized_shape)} dimensions; only the last one is followed")
-    _resize(x.perm, module.normalized_shape[0])
+        raise Conflict(f"normalises over {len(module.normalized_shape)} dimensions; only the last one is followed")
+    resize(x.perm, module.normalized_shape[0])
     if not keeps_sign:
-        _pin(x.sign)  # the mean over the units mixes their signs
+        pin(x.sign)  # the mean over the units mixes their signs
     if getattr(module, "weight", None) is not None:
-        d.assign(_key(path, "weight"), (x.perm, _fixed(x.size)))
+        d.assign(_key(path, "weight"), (x.perm, fixed_wire(x.size)))
     if getattr(module, "bias", None) is not None:
         d.assign(_key(path, "bias"), (x.perm, x.sign))
     return x
@@ -403,20 +271,20 @@ if hasattr(nn, "RMSNorm"):
 @rule(nn.PReLU)
 def _prelu(d: Derivation, path: str, module: nn.PReLU, x: Any) -> _Value:
     x = d.value(x)
-    _pin(x.sign)
+    pin(x.sign)
     if module.num_parameters > 1 and x.rank != 2:
-        _pin(x.perm)  # its slopes lie along dimension 1, the last one only for [B, C]
+        pin(x.perm)  # its slopes lie along dimension 1, the last one only for [B, C]
     size = module.num_parameters
-    d.assign(_key(path, "weight"), (x.perm, _fixed(size)) if size > 1 else (_fixed(1), _fixed(1)))
+    d.assign(_key(path, "weight"), (x.perm, fixed_wire(size)) if size > 1 else (fixed_wire(1), fixed_wire(1)))
     return x
 
 
 @rule(nn.Embedding)
 def _embedding(d: Derivation, path: str, module: nn.Embedding, x: Any) -> _Value:
     size = module.embedding_dim
-    out = ([_Node(size, name=path)], [_Node(size, name=path)])
+    out = ([Node(size, name=path)], [Node(size, name=path)])
     if module.max_norm is None:
-        d.assign(_key(path, "weight"), (_fixed(module.num_embeddings), _fixed(module.num_embeddings)), out)
+        d.assign(_key(path, "weight"), (fixed_wire(module.num_embeddings), fixed_wire(module.num_embeddings)), out)
         return _Value(*d.dims[_key(path, "weight")][1])
     return _constant(size=size)
 
@@ -432,29 +300,29 @@ def _same(d: Derivation, x: Any, *_: Any, **__: Any) -> Any:
 def _unsigned(d: Derivation, x: Any, *_: Any, **__: Any) -> _Value:
     """An element-wise function that is neither odd nor even."""
     x = d.value(x)
-    _pin(x.sign)
+    pin(x.sign)
     return x
 
 
 def _even(d: Derivation, x: Any, *_: Any, **__: Any) -> _Value:
     x = d.value(x)
-    return _Value(x.perm, _fixed(x.size), x.rank)
+    return _Value(x.perm, fixed_wire(x.size), x.rank)
 
 
-_ODD = (
+ODD = (
     "tanh sin sinh asinh atan arctan sign neg negative erf trunc round nan_to_num softsign tanhshrink softshrink "
     "hardshrink"
 )
-_ANY = (
+ANY = (
     "relu relu_ gelu silu elu selu celu sigmoid logsigmoid softplus leaky_relu rrelu hardswish hardsigmoid mish relu6 "
     "threshold exp expm1 log log1p log2 sqrt rsqrt reciprocal floor ceil sigmoid_ exp2 clamp_min clamp_max"
 )
-_COPIES = (
+COPIES = (
     "dropout alpha_dropout feature_alpha_dropout identity clone contiguous detach to float double half bfloat16 cpu "
     "cuda type"
 )
-_EVEN = "abs square cos cosh absolute"
-for _names, _function in ((_ODD, _same), (_ANY, _unsigned), (_COPIES, _same), (_EVEN, _even)):
+EVEN = "abs square cos cosh absolute"
+for _names, _function in ((ODD, _same), (ANY, _unsigned), (COPIES, _same), (EVEN, _even)):
     for _name in _names.split():
         RULES[_name] = _function
         for _home in (torch, F, torch.special, operator):
@@ -494,8 +362,8 @@ def _clamp(d: Derivation, x: Any, low: Any = None, high: Any = None, **kwargs: A
         if isinstance(bound, (_Value, _Param)):
             value = d.value(bound)
             if value.size != 1:
-                _tie(x.perm, value.perm)
-            _pin(value.sign)
+                tie(x.perm, value.perm)
+            pin(value.sign)
     return x if numbers and low == -high else _unsigned(d, x)
 
 
@@ -508,7 +376,7 @@ def _scalar(item: Any) -> bool:
 def _pair(d: Derivation, a: Any, b: Any) -> tuple[_Value, _Value]:
     a, b = d.value(a), d.value(b)
     if a.size != 1 and b.size != 1:  # else one is spread over the other's units
-        _tie(a.perm, b.perm)
+        tie(a.perm, b.perm)
     return a, b
 
 
@@ -526,9 +394,9 @@ def _sum(d: Derivation, a: Any, b: Any, **_: Any) -> Any:
         return _same(d, a if b == 0 else b) if 0 in (a, b) else _unsigned(d, b if _scalar(a) else a)
     a, b = _pair(d, a, b)
     if a.size != 1 and b.size != 1:
-        _tie(a.sign, b.sign)
+        tie(a.sign, b.sign)
     else:
-        _pin(a.sign, b.sign)
+        pin(a.sign, b.sign)
     big = b if a.size == 1 else a
     return _Value(big.perm, big.sign, _rank(a, b))
 
@@ -545,13 +413,13 @@ def _product(d: Derivation, a: Any, b: Any, **_: Any) -> Any:
         return _same(d, b if _scalar(a) else a)
     for item in (a, b):
         if isinstance(item, _Param) and item.key not in d.dims:
-            _pin(*[sign for _, sign in d.axes_of(item)])  # a gain: the sign stays with what it scales
+            pin(*[sign for _, sign in d.axes_of(item)])  # a gain: the sign stays with what it scales
     a, b = _pair(d, a, b)
     if 1 in (a.size, b.size):
         big, small = (b, a) if a.size == 1 else (a, b)
-        _pin(small.sign)
+        pin(small.sign)
         return _Value(big.perm, big.sign, _rank(a, b))
-    return _Value(a.perm, _product_signs(a.sign, b.sign), _rank(a, b))
+    return _Value(a.perm, product_signs(a.sign, b.sign), _rank(a, b))
 
 
 @rule(torch.pow, operator.pow, "pow")
@@ -564,7 +432,7 @@ def _power(d: Derivation, x: Any, exponent: Any) -> _Value:
 @rule(F.linear)
 def _linear_function(d: Derivation, x: Any, weight: Any, bias: Any = None) -> _Value:
     if not isinstance(weight, _Param) or weight.transposed or not (bias is None or isinstance(bias, _Param)):
-        raise _Conflict("its weight is computed, not a parameter")
+        raise Conflict("its weight is computed, not a parameter")
     path = weight.key.rpartition(".")[0] or weight.key
     return d.linear(path, d.value(x), weight.key, bias.key if bias else None)
 
@@ -572,12 +440,12 @@ def _linear_function(d: Derivation, x: Any, weight: Any, bias: Any = None) -> _V
 @rule(torch.matmul, operator.matmul, torch.mm, "matmul", "mm")
 def _matmul(d: Derivation, x: Any, weight: Any) -> _Value:
     if not isinstance(weight, _Param) or weight.tensor.dim() != 2:
-        raise _Conflict("only a product with a parameter matrix on the right is followed")
+        raise Conflict("only a product with a parameter matrix on the right is followed")
     x = d.value(x)
     (in_perm, in_sign), out = d.axes_of(weight)
-    _resize(x.perm, weight.tensor.shape[1 if weight.transposed else 0])
-    _tie(in_perm, x.perm)
-    _tie(in_sign, x.sign)
+    resize(x.perm, weight.tensor.shape[1 if weight.transposed else 0])
+    tie(in_perm, x.perm)
+    tie(in_sign, x.sign)
     return _Value(*out, rank=x.rank)
 
 
@@ -585,7 +453,7 @@ def _matmul(d: Derivation, x: Any, weight: Any) -> _Value:
 def _transposed(d: Derivation, x: Any) -> Any:
     if isinstance(x, _Param) and x.tensor.dim() == 2:
         return _Param(x.key, x.tensor, not x.transposed)
-    raise _Conflict("only parameters are transposed with t()")
+    raise Conflict("only parameters are transposed with t()")
 
 
 @rule(F.layer_norm)
@@ -593,12 +461,12 @@ def _layer_norm_function(
     d: Derivation, x: Any, shape: Any, weight: Any = None, bias: Any = None, eps: float = 0
 ) -> _Value:
     x = d.value(x)
-    _pin(x.sign)
+    pin(x.sign)
     for param in (weight, bias):
         if param is not None:
             value = d.value(param)
-            _tie(x.perm, value.perm)
-            _pin(value.sign)
+            tie(x.perm, value.perm)
+            pin(value.sign)
     return x
 
 
@@ -610,7 +478,7 @@ def _cat(d: Derivation, items: Any, dim: int = 0, **kwargs: Any) -> Any:
     values = [d.value(item) for item in items if not isinstance(item, _Zero)]
     if _on_last(values[0], dim):
         if len(values) < len(items):
-            raise _Conflict("zeros of a size that the trace does not show are joined to features")
+            raise Conflict("zeros of a size that the trace does not show are joined to features")
         perm = [node for value in values for node in value.perm]
         return _Value(perm, [node for value in values for node in value.sign], values[0].rank)
     return _tie_all(values, values[0].rank)
@@ -623,26 +491,26 @@ def _stack(d: Derivation, items: Any, dim: int = 0) -> Any:
     values = [d.value(item) for item in items if not isinstance(item, _Zero)]
     rank = None if values[0].rank is None else values[0].rank + 1
     if _on_last(_Value([], [], rank), dim):
-        raise _Conflict("stacks along a new last dimension")
+        raise Conflict("stacks along a new last dimension")
     return _tie_all(values, rank)
 
 
 def _tie_all(values: list[_Value], rank: int | None) -> _Value:
     for value in values[1:]:
-        _tie(values[0].perm, value.perm)
-        _tie(values[0].sign, value.sign)
+        tie(values[0].perm, value.perm)
+        tie(values[0].sign, value.sign)
     return _Value(values[0].perm, values[0].sign, rank)
 
 
 def _on_last(value: _Value, dim: Any) -> bool:
     """Whether ``dim`` is the dimension of features."""
     if not isinstance(dim, int):
-        raise _Conflict(f"dimension {dim!r} is not a plain number")
+        raise Conflict(f"dimension {dim!r} is not a plain number")
     if dim < 0 or value.rank is not None:
         return dim in (-1, (value.rank or 0) - 1)
     if dim == 0:
         return False  # [B, ..., features] has a dimension before the features
-    raise _Conflict(f"whether dimension {dim} is the last does not show; pass example_input, or count from the end")
+    raise Conflict(f"whether dimension {dim} is the last does not show; pass example_input, or count from the end")
 
 
 @rule(torch.chunk, "chunk")
@@ -661,10 +529,10 @@ def _chunk(d: Derivation, x: Any, chunks: int, dim: int = 0) -> Any:
 def _split(d: Derivation, x: Any, sizes: Any, dim: int = 0) -> Any:
     x = d.value(x)
     if not _on_last(x, dim):
-        raise _Conflict("only a split of the last dimension is followed")
+        raise Conflict("only a split of the last dimension is followed")
     if x.size is None:
         if isinstance(sizes, int):
-            raise _Conflict("the number of pieces does not show; pass example_input")
+            raise Conflict("the number of pieces does not show; pass example_input")
         return tuple(_constant(size=size, rank=x.rank) for size in sizes)
     return _pieces(x, sizes)
 
@@ -674,7 +542,7 @@ def _pieces(x: _Value, sizes: Any) -> tuple[_Value, ...]:
         sizes = [min(sizes, x.size - start) for start in range(0, x.size, sizes)]
     out, start = [], 0
     for size in sizes:
-        out.append(_Value(_cut(x.perm, start, start + size), _cut(x.sign, start, start + size), x.rank))
+        out.append(_Value(cut(x.perm, start, start + size), cut(x.sign, start, start + size), x.rank))
         start += size
     return tuple(out)
 
@@ -703,7 +571,7 @@ def _getitem(d: Derivation, x: Any, index: Any) -> Any:
     elif len(entries) == 1:
         last = slice(None)
     else:
-        raise _Conflict(
+        raise Conflict(
             "whether this index reaches the last dimension does not show; pass example_input, or use [..., i]"
         )
     if last == slice(None):
@@ -715,11 +583,11 @@ def _getitem(d: Derivation, x: Any, index: Any) -> Any:
     ):
         if x.size is not None:
             start, stop, _ = last.indices(x.size)
-            return _Value(_cut(x.perm, start, stop), _cut(x.sign, start, stop), rank)
+            return _Value(cut(x.perm, start, stop), cut(x.sign, start, stop), rank)
         start, stop = last.start or 0, last.stop
         known = stop is not None and (start >= 0) == (stop >= 0)
         return _constant(size=stop - start if known else None, rank=rank)
-    _pin(x.perm, x.sign)
+    pin(x.perm, x.sign)
     return _constant(rank=rank)
 
 
@@ -745,12 +613,12 @@ def _reduce(d: Derivation, x: Any, dim: Any = None, keepdim: bool = False, **kwa
     lost = 0 if keepdim else len(dims)
     rank = None if x.rank is None else x.rank - lost
     if dim is None or any(_on_last(x, i) for i in dims):
-        _pin(x.sign)
+        pin(x.sign)
         if not keepdim:
-            _pin(x.perm)  # what becomes the last dimension then is not followed
+            pin(x.perm)  # what becomes the last dimension then is not followed
         return _constant(size=1 if keepdim else None, rank=rank)
     if d.current not in ("mean", "sum"):
-        _pin(x.sign)  # a maximum or a variance over time is not odd
+        pin(x.sign)  # a maximum or a variance over time is not odd
     return _Value(x.perm, x.sign, rank)
 
 
@@ -765,7 +633,7 @@ def _transpose(d: Derivation, x: Any, a: int, b: int) -> Any:
         return _Memory(None)
     x = d.value(x)
     if _on_last(x, a) or _on_last(x, b):
-        raise _Conflict("moves the last dimension")
+        raise Conflict("moves the last dimension")
     return x
 
 
@@ -776,7 +644,7 @@ def _unsqueeze(d: Derivation, x: Any, dim: int) -> Any:
     x = d.value(x)
     rank = None if x.rank is None else x.rank + 1
     if _on_last(_Value([], [], rank), dim):
-        raise _Conflict("adds a new last dimension")
+        raise Conflict("adds a new last dimension")
     return _Value(x.perm, x.sign, rank)
 
 
@@ -786,7 +654,7 @@ def _squeeze(d: Derivation, x: Any, dim: int) -> Any:
         return _Memory(None)
     x = d.value(x)
     if _on_last(x, dim):
-        raise _Conflict("removes the last dimension")
+        raise Conflict("removes the last dimension")
     return _Value(x.perm, x.sign, None if x.rank is None else x.rank - 1)
 
 
@@ -799,7 +667,7 @@ def _reshape(d: Derivation, x: Any, *shape: Any) -> Any:
     last = shape[-1]
     if isinstance(last, _LastSize) or (isinstance(last, int) and last == x.size):
         return _Value(x.perm, x.sign, len(shape))
-    raise _Conflict(
+    raise Conflict(
         "does not keep the last dimension, or it does not show; end the new shape with that dimension's size"
     )
 
@@ -843,48 +711,29 @@ def _defaults(module: nn.Module) -> dict[str, Any]:
     return out
 
 
-def derive(module: nn.Module, example_input: Any = None, *, strict: bool = True) -> WeightSpec:
-    """See :meth:`fleetgym.core.WeightSpec.from_module`."""
+def derive_symbolically(module: nn.Module, *, strict: bool = True) -> WeightSpec:
+    """Derives the symmetry without an example; see :meth:`fleetgym.core.WeightSpec.from_module`."""
     d = Derivation(module, strict)
     kind = type(module).__name__
     sources: list[_Value] = []
 
     def source() -> _Value:
-        sources.append(_Value(_fixed(None, "in"), _fixed(None, "in"), source=True))
+        sources.append(_Value(fixed_wire(None, "in"), fixed_wire(None, "in"), source=True))
         return sources[-1]
 
     if _module_rule(module) is not None:
         # A bare layer: torch.fx does not look into it, and its own rule is all there is to say.
         result = _run(d, lambda: _module_rule(module)(d, "", module, source()), kind, "")
-        if example_input is not None:
-            _resize_source(sources[0], example_input)
         return _finish(d, module, result, sources)
 
-    examples = (
-        list(example_input) if isinstance(example_input, tuple) else [] if example_input is None else [example_input]
-    )
     concrete = _defaults(module)
-    for name, _example in zip(list(inspect.signature(module.forward).parameters), examples):
-        concrete.pop(name, None)
     try:
         graph = _Tracer().trace(module, concrete_args=concrete)
     except Exception as error:  # torch.fx raises whatever the module's own code raises on a symbolic value
         raise UserError(
             f"cannot trace {kind}: {error}; its forward must not branch or loop on the values or sizes of its inputs "
-            "(give such arguments a default, which the trace then takes)"
+            "(give such arguments a default, which the trace then takes), or pass example_input to have it run instead"
         ) from error
-    if examples:
-        traced = fx.GraphModule(module, graph)
-        inputs = iter(examples)
-        arguments = [
-            next(inputs, None) if n.target not in concrete else concrete[n.target]
-            for n in graph.nodes
-            if n.op == "placeholder"
-        ]
-        with torch.no_grad():
-            fx.passes.shape_prop.ShapeProp(traced).propagate(*arguments)
-        graph = traced.graph
-
     env: dict[fx.Node, Any] = {}
     result = None
     for node in graph.nodes:
@@ -919,8 +768,9 @@ def derive(module: nn.Module, example_input: Any = None, *, strict: bool = True)
                 out = _constant() if values else _Plain()
             elif function is None:
                 raise UserError(
-                    f"no symmetry rule for {name!r} ({where}); register one with fleetgym.core.tracing.rule, or pass "
-                    "strict=False to keep fixed what goes through it"
+                    f"no symmetry rule for {name!r} ({where}); pass example_input, with which more are "
+                    "followed, register one with fleetgym.core.tracing.rule, or pass strict=False to keep fixed what "
+                    "goes through it"
                 )
             else:
                 try:
@@ -931,11 +781,6 @@ def derive(module: nn.Module, example_input: Any = None, *, strict: bool = True)
                         raise
                     _pin_all(d, values)
                     out = _constant()
-        meta = node.meta.get("tensor_meta")
-        if isinstance(out, _Value) and hasattr(meta, "shape"):
-            out.rank = len(meta.shape)
-            if meta.shape and _total(out.perm) is None:
-                _resize(out.perm, meta.shape[-1])
         env[node] = out
     return _finish(d, module, result, sources)
 
@@ -943,7 +788,7 @@ def derive(module: nn.Module, example_input: Any = None, *, strict: bool = True)
 def _run(d: Derivation, call: Callable[[], Any], name: str, where: str) -> Any:
     try:
         return call()
-    except (_Conflict, TypeError, KeyError) as error:
+    except (Conflict, TypeError, KeyError) as error:
         raise UserError(f"cannot follow {name!r} ({where}): {error}") from error
 
 
@@ -968,15 +813,10 @@ def _pin_all(d: Derivation, values: list[Any]) -> None:
     for value in values:
         if isinstance(value, _Param):
             for perm, sign in d.axes_of(value):
-                _pin(perm, sign)
+                pin(perm, sign)
         rows = value.rows or [] if isinstance(value, _Memory) else [value] if isinstance(value, _Value) else []
         for row in rows:
-            _pin(row.perm, row.sign)
-
-
-def _resize_source(value: _Value, example: Any) -> None:
-    tensor = example[0] if isinstance(example, tuple) else example
-    _resize(value.perm, tensor.shape[-1])
+            pin(row.perm, row.sign)
 
 
 def _finish(d: Derivation, module: nn.Module, result: Any, sources: list[_Value]) -> WeightSpec:
@@ -984,15 +824,15 @@ def _finish(d: Derivation, module: nn.Module, result: Any, sources: list[_Value]
     outputs = top if isinstance(top, (tuple, list)) else [top]
     memory = []
     for position, output in enumerate(outputs):
-        leaves = _flat(output)
-        if any(isinstance(leaf, _Memory) for leaf in leaves) and all(
-            isinstance(leaf, (_Memory, type(None))) for leaf in leaves
+        items = _flat(output)
+        if any(isinstance(leaf, _Memory) for leaf in items) and all(
+            isinstance(leaf, (_Memory, type(None))) for leaf in items
         ):
             memory.append(position)
-        for leaf in leaves:
+        for leaf in items:
             if isinstance(leaf, _Value):
-                _pin(leaf.perm, leaf.sign)
-                for node in _leaves(leaf.perm):
+                pin(leaf.perm, leaf.sign)
+                for node in leaves(leaf.perm):
                     node.name = "out" if node.name != "in" else "in"
 
     state = module.state_dict()
@@ -1002,70 +842,4 @@ def _finish(d: Derivation, module: nn.Module, result: Any, sources: list[_Value]
     for key, tensor in d.tensors.items():
         if not d.dims.get(key) and id(tensor) in by_storage:
             wires[key] = d.dims[by_storage[id(tensor)]]
-
-    # Which sign vector belongs to a group: the first that always lies exactly on it and on no other group.
-    segments = {key: [_segments(w, n) for w, n in zip(dims, state[key].shape)] for key, dims in wires.items()}
-    chosen: dict[_Node, _Node] = {}
-    owner: dict[_Node, _Node] = {}
-    bad: set[_Node] = set()
-    flat = [segment for dims in segments.values() for dim in dims for segment in dim]
-    for perm, sign, size in flat:
-        if sign.fixed:
-            continue
-        if perm.fixed or sign.size != size or perm.size != size or owner.setdefault(sign, perm) is not perm:
-            bad.add(sign)
-    for perm, sign, _ in flat:
-        if not sign.fixed and sign not in bad:
-            chosen.setdefault(perm, sign)
-
-    names: dict[_Node, str] = {}
-    for perm, _, _ in flat:
-        if perm.fixed or perm in names:
-            continue
-        base = name = perm.name or "units"
-        count = 2
-        while name in names.values():
-            name, count = f"{base}#{count}", count + 1
-        names[perm] = name
-
-    def axis(dim: list[tuple[_Node, _Node, int]]) -> Axis:
-        made: list[Axis] = []
-        for perm, sign, size in dim:
-            if perm.fixed:
-                label = perm.name if perm.name in ("in", "out") else "fixed"
-                if made and made[-1].group is None and made[-1].name == label:
-                    label, size = label, size + made.pop().size
-                made.append(Axis(name=label, size=size))
-                continue
-            signs = (not sign.fixed and chosen.get(perm) is sign,)
-            if made and made[-1].group == names[perm]:
-                signs = made.pop().signs + signs
-            made.append(Axis(names[perm], len(signs), signs))
-        return made[0] if len(made) == 1 else Axis(parts=tuple(made))
-
-    trained = dict(module.named_parameters(remove_duplicate=False))
-    return WeightSpec(
-        axes={key: tuple(axis(dim) for dim in dims) for key, dims in segments.items()},
-        groups={name: perm.size for perm, name in names.items()},
-        signed={name: perm in chosen for perm, name in names.items()},
-        buffers=tuple(key for key in state if key not in trained),
-        inputs=tuple(_total(value.perm) for value in sources),
-        memory=tuple(memory),
-    )
-
-
-def _segments(wires: tuple[Wire, Wire] | None, size: int) -> list[tuple[_Node, _Node, int]]:
-    """A dimension as stretches over which both the permutation and the sign are of one node."""
-    if wires is None:
-        return [(_Node(size, True, "fixed"), _Node(size, True), size)]
-    perm, sign = ([(leaf, leaf.size) for leaf in _leaves(wire)] for wire in wires)
-    if sum(n for _, n in perm) != sum(n for _, n in sign):
-        raise UserError(f"internal: permutation and sign of an axis of {size} differ in length")
-    out = []
-    while perm and sign:
-        (p, n), (s, m) = perm[0], sign[0]
-        step = min(n, m)
-        out.append((p, s, step))
-        perm[0], sign[0] = (p, n - step), (s, m - step)
-        perm, sign = perm[perm[0][1] == 0 :], sign[sign[0][1] == 0 :]
-    return out
+    return build(module, wires, [total(value.perm) for value in sources], memory)
