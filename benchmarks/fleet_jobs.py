@@ -199,7 +199,7 @@ def run_job(job: Job, report: Callable[[str, int, int, str], None]) -> list[str]
     preset, folder = job.preset, Path(job.folder)
     name = f"{job.kind}, seed {job.seed}"
     methods = JOBS[job.kind]
-    if all(record_path(folder, method, job.seed).exists() for method in methods):
+    if recorded(job):
         report(name, preset.steps, preset.steps, "recorded before")
         return list(methods)
     fleet = Fleet(preset, folder, job.seed)
@@ -310,6 +310,11 @@ def train(job: Job, fleet: Fleet, run: Run, report: Callable[[int, str], None]) 
     if job.kind == "joint":
         sent = fleet.data_bytes
     return Trained(learner.stack.policies(), sent, cpu, curve, history)
+
+
+def recorded(job: Job) -> bool:
+    """Whether all rows of a job have their records."""
+    return all(record_path(Path(job.folder), method, job.seed).exists() for method in JOBS[job.kind])
 
 
 def record_path(folder: Path, method: str, seed: int) -> Path:

@@ -40,7 +40,7 @@ from fleetgym.benchmarks.fleet_presets import (
     partition,
     preset_from,
 )
-from fleetgym.benchmarks.fleet_sweep import sweep
+from fleetgym.benchmarks.fleet_sweep import combinations, sweep
 from fleetgym.benchmarks.fleet_workers import run
 from fleetgym.core.errors import UserError, unknown
 from fleetgym.core.run import Run
@@ -56,6 +56,7 @@ __all__ = [
     "Job",
     "Preset",
     "collect_task",
+    "combinations",
     "demonstrations_path",
     "film",
     "main",
@@ -105,8 +106,11 @@ def main(argv: Sequence[str]) -> int:
     import tyro
 
     args = tyro.cli(Args, args=list(argv), prog="fleetgym bench fleet_merge")
-    preset = preset_from(args.preset, args.override)
-    preset.check()
+    if args.sweep:
+        combinations(args.preset, args.override, args.sweep, args.methods)  # what is wrong is said before any work
+    else:
+        preset = preset_from(args.preset, args.override)
+        preset.check()
     if not args.seeds:
         raise UserError("--seeds is empty; give at least one, such as --seeds 0")
     if not args.methods:

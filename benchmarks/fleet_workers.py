@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from fleetgym.benchmarks.fleet_jobs import Job, collect_task, run_job
+from fleetgym.benchmarks.fleet_jobs import Job, collect_task, recorded, run_job
 from fleetgym.benchmarks.fleet_presets import JOBS, METHODS, Preset
 from fleetgym.core.workers import CONTEXT, worker_pool
 
@@ -83,11 +83,14 @@ def run(
         UserError: An expert that does not give enough demonstrations, a folder of another preset, diverged training.
         KeyboardInterrupt: Ctrl-C; call again to go on.
     """
-    reports = CONTEXT.Queue()
     kinds = [kind for kind, rows in JOBS.items() if set(rows) & set(methods)]
     jobs = [Job(kind, seed, preset, str(folder), device, save_every) for seed in seeds for kind in kinds]
+    jobs = [job for job in jobs if not recorded(job)]
+    if not jobs:
+        return
     tasks = preset.task_names
-    progress = _Progress()
+    seeds = [seed for seed in seeds if any(job.seed == seed for job in jobs)]
+    reports, progress = CONTEXT.Queue(), _Progress()
     # Jobs save their state now and then: on Ctrl-C, waiting for them to end would only keep the user waiting.
     with worker_pool(workers, initializer=_begin_worker, arguments=(reports,), wait=False) as pool, progress.bars:
         waiting = [pool.submit(collect_task, preset, str(folder), seed, task) for seed in seeds for task in tasks]

@@ -227,8 +227,10 @@ def test_robots_with_several_tasks(three_tasks, tmp_path, each):
     fleet_merge.publish(tmp_path, preset, "quick", [0], make_film=False)
     rows = {row["method"]: row for row in json.loads((tmp_path / "leaderboard.json").read_text())}
     assert rows["alone_own"]["label"] == "Each robot alone, own tasks"
-    for row in rows.values():
-        assert {task: one["episodes"] for task, one in row["per_task"].items()} == dict.fromkeys(fleet.tasks, 2)
+    for name, row in rows.items():
+        # Three robots share two episodes of every task: one each.
+        wanted = 3 if (name, each) == ("alone_all", 2) else 2
+        assert {task: one["episodes"] for task, one in row["per_task"].items()} == dict.fromkeys(fleet.tasks, wanted)
     extras = json.loads((tmp_path / "extras.json").read_text())
     words = {2: "each of 2 tasks dealt at random", "all": "of its own of every task"}
     assert words[each] in extras["description"] and f"tasks_per_robot={each}" in extras["command"]
@@ -253,7 +255,7 @@ def test_any_cell_from_equal_weights(folder, cell):
 def test_barrier():
     places = [0, 0.25, 0.5, 1]
     assert barrier(places, [1.0, None, 0.0, 0.5], -1) == 0.75
-    assert barrier(places, [1.0, 0.9, 0.8, 0.5], -1) == pytest.approx(0.05 - 0.025)
+    assert barrier(places, [1.0, 0.9, 0.7, 0.5], -1) == pytest.approx(0.05)
     assert barrier(places, [0.2, 0.1, 0.1, 0.2], 1) == 0
     assert barrier(places, [0.2, 0.5, None, 0.2], 1) == pytest.approx(0.3)
 

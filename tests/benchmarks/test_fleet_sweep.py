@@ -50,15 +50,15 @@ def test_bad_axes(axes, words, tmp_path):
 def test_a_sweep_from_the_command_line_and_again(tmp_path, capsys, monkeypatch):
     words = ["--out", str(tmp_path), "--workers", "1", "--methods", "average_rounds", "joint"]
     words += ["--override", *TINY, "--sweep", "local_steps=1,4"]
-    real, stopped = fleet_sweep.publish, []
+    real, calls = fleet_sweep.run, []
 
     def stop(*arguments, **options):
-        if stopped:
+        if calls:
             raise KeyboardInterrupt
-        stopped.append(True)
+        calls.append(arguments)
         return real(*arguments, **options)
 
-    monkeypatch.setattr(fleet_sweep, "publish", stop)
+    monkeypatch.setattr(fleet_sweep, "run", stop)
     with pytest.raises(KeyboardInterrupt):
         fleet_merge.main(words)
     assert not (tmp_path / "sweep.json").exists()
