@@ -22,7 +22,7 @@ ANNOTATED = 15
 
 _MEANING = {
     "alone_all": "Each robot learns from its own demonstrations only, and is then tried on the tasks of all robots.",
-    "alone_own": "The same robots, each tried on its own task only: what specialists can do.",
+    "alone_own": "The same robots, each tried on what it learned only: what specialists can do.",
     "average_rounds": "In rounds: what the robots send is averaged as it is and sent back.",
     "fleet_merge_once": "Robots train alone to the end; then their hidden units are aligned and averaged, once.",
     "fleet_merge_rounds": "In rounds: the robots' hidden units are aligned, then what they send is averaged.",
@@ -427,8 +427,8 @@ def page(
         ),
         plot_section(
             "Success for what was sent",
-            "Marker: the final policy, with its 95% interval. Line: on the way there. The scale of bytes is "
-            "logarithmic.",
+            "Marker: the final policy, with its 95% interval. Line: on the way there, with a band from the worst seed "
+            "to the best. The scale of bytes is logarithmic.",
             plots.communication(rows),
         ),
     ]
