@@ -215,7 +215,7 @@ EXTRA_METHODS = {
     "average_norms_rounds": "Averaging with norms restored, no alignment",
     "align_rounds": "Alignment, norms not restored",
     "fedavg_rounds": "Naive averaging, an optimiser a robot",
-    "fedprox_rounds": "FedProx: averaging, robots held near the mean",
+    "fedprox_rounds": "FedProx, an optimiser a robot",
 }
 """fleet_merge taken apart, averaging as it usually is, and FedProx; filled when asked for by name."""
 ALL_METHODS = {**METHODS, **EXTRA_METHODS}

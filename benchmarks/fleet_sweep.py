@@ -211,7 +211,8 @@ def plot(found: Sequence[dict[str, Any]]) -> str | None:
     lines = []
     for row in found:
         name = kind(row)
-        label = f"{row['label']}, {name}" if name else row["label"]
+        # What sets lines apart comes first: long labels are cut at their end.
+        label = f"{name}: {row['label']}" if name else row["label"]
         if row["method"] not in MERGES:
             lines.append({"label": label, "slot": row["slot"], "success": row["success"]})
             continue

@@ -123,8 +123,8 @@ background:rgb(var(--heat)/calc(.05 + .95*var(--v)))}
 white-space:nowrap;display:inline-block}
 .heat.many td{min-width:.75rem;height:1.5rem;padding:0;border-radius:2px}
 .heat.many tbody th{max-width:14rem;overflow:hidden;text-overflow:ellipsis}
-.plain th,.plain td{white-space:nowrap;padding:.4rem .7rem;font-size:.92rem}
-.plain tbody th{font-weight:600}
+.plain th,.plain td{padding:.4rem .6rem;font-size:.92rem}
+.plain tbody th{font-weight:600;min-width:11rem}
 .plain tbody tr+tr>*{border-top:1px solid var(--grid)}
 .scale{display:flex;align-items:center;gap:.6rem;font-size:.84rem;color:var(--muted);margin-top:.7rem}
 .scale i{width:9rem;height:.7rem;border-radius:4px;

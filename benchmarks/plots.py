@@ -162,7 +162,15 @@ def _margin_labels(axes: Axes, ends: Sequence[tuple[float, str, str]]) -> None:
             fontsize=size,
             color=paint,
             annotation_clip=False,
-            arrowprops={"arrowstyle": "-", "color": paint, "linewidth": 0.7, "shrinkA": 1, "shrinkB": 0},
+            # relpos: the leader ends beside the text, not in the middle of it
+            arrowprops={
+                "arrowstyle": "-",
+                "color": paint,
+                "linewidth": 0.7,
+                "shrinkA": 1,
+                "shrinkB": 0,
+                "relpos": (0, 0.5),
+            },
         )
 
 
@@ -411,7 +419,7 @@ def swept(groups: Sequence[Mapping[str, Any]], lines: Sequence[Mapping[str, Any]
 
     Args:
         groups: Points that belong together, joined by a line: each group has ``label``, ``slot`` (its colour),
-            ``style`` (a number; its line and marker) and ``points``, each with ``bytes_sent``, ``success``, ``low``,
+            ``style`` (a number; its kind of line) and ``points``, each with ``bytes_sent``, ``success``, ``low``,
             ``high`` and ``text``, written beside it.
         lines: Horizontal lines, each with ``label``, ``slot`` and ``success``.
 
@@ -423,7 +431,7 @@ def swept(groups: Sequence[Mapping[str, Any]], lines: Sequence[Mapping[str, Any]
     if not groups:
         return None
     values = [point["bytes_sent"] for group in groups for point in group["points"]]
-    low, high = min(values) / 1.8, max(values) * 1.8
+    low, high = min(values) / 1.5, max(values) * 1.5
     dashes = ("-", (0, (5, 2)), (0, (1, 1.5)), (0, (6, 2, 1, 2)))
 
     def draw(figure: Figure) -> None:
@@ -447,7 +455,7 @@ def swept(groups: Sequence[Mapping[str, Any]], lines: Sequence[Mapping[str, Any]
                 y,
                 yerr=[below, above],
                 color=paint,
-                marker=_MARKERS[style % len(_MARKERS)],
+                marker=_MARKERS[group["slot"]],
                 markersize=7,
                 markeredgecolor=_COLOURS["surface"],
                 linewidth=1.8,

@@ -100,5 +100,5 @@ def test_the_plot_joins_equal_steps():
     found.append(row("joint", 1, 100, "gru", 0.9, 1e5, 5))
     svg = fleet_sweep.plot(found)
     label = svg.partition('aria-label="')[2].partition('"')[0]
-    assert "average_rounds, cell=gru, 5: 200 kB, 50%" in label and "joint, cell=gru: 90%" in label
+    assert "cell=gru: average_rounds, 5: 200 kB, 50%" in label and "cell=gru: joint: 90%" in label
     assert fleet_sweep.plot(found[-1:]) is None
