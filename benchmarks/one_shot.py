@@ -26,7 +26,8 @@ import numpy as np
 import torch
 
 from fleetgym.agents.networks import RecurrentPolicy
-from fleetgym.benchmarks.fleet_merge import Fleet, _preset
+from fleetgym.benchmarks.fleet_jobs import Fleet
+from fleetgym.benchmarks.fleet_presets import preset_from
 from fleetgym.core.checkpoint import Checkpoint
 from fleetgym.core.errors import UserError, unknown
 from fleetgym.core.files import atomic_write, read_json, write_json
@@ -95,7 +96,7 @@ def merges(fleet: Fleet, policies: Sequence[RecurrentPolicy], robots: Sequence[i
         what = f"a linear-Gaussian model of its episodes, {segments} segment{'s' if segments > 1 else ''}"
         return merge("distill", policies, statistics=own, **options).module(), sent_bytes(own[0]), what
 
-    task_numbers = [fleet.tasks.index(fleet.robots[r]) for r in robots]
+    task_numbers = [fleet.tasks.index(fleet.robots[r][0]) for r in robots]
     grams, information = "Gram matrices of layer inputs", "diagonal Fisher information"
     return {
         "average": lambda: plain("average"),
@@ -144,7 +145,11 @@ def main(argv: Sequence[str]) -> int:
     found = config.get("config", config)
     if found.get("benchmark") != "fleet_merge":
         raise UserError(f"{args.runs} is not a folder of `fleetgym bench fleet_merge`")
-    preset = _preset("quick", [f"{key}={value}" for key, value in found["preset"].items()])
+    preset = preset_from("quick", [f"{key}={value}" for key, value in found["preset"].items()])
+    if preset.tasks_per_robot != 1:
+        raise UserError(
+            f"{args.runs} has tasks_per_robot={preset.tasks_per_robot}; one_shot takes robots with one task each"
+        )
     every = args.robots_per_task or preset.robots_per_task
     if not 1 <= every <= preset.robots_per_task:
         raise UserError(f"--robots-per-task {every}: there are {preset.robots_per_task} in {args.runs}")
@@ -156,7 +161,7 @@ def main(argv: Sequence[str]) -> int:
         fleet = Fleet(preset, args.runs, seed)
         robots = [r for r in range(len(fleet.robots)) if r % preset.robots_per_task < every]
         folder = args.runs / "training" / f"seed{seed}" / "alone" / "checkpoints"
-        policies = [Checkpoint.load(folder / f"robot{r}-{fleet.robots[r]}").module() for r in robots]
+        policies = [Checkpoint.load(folder / fleet.checkpoint_name(r)).module() for r in robots]
         makers = merges(fleet, policies, robots)
         for method in args.methods:
             if method not in makers:

@@ -22,10 +22,13 @@ ANNOTATED = 15
 
 _MEANING = {
     "alone_all": "Each robot learns from its own demonstrations only, and is then tried on the tasks of all robots.",
-    "alone_own": "The same robots, each tried on its own task only: what specialists can do.",
+    "alone_own": "The same robots, each tried on what it learned only: what specialists can do.",
     "average_rounds": "In rounds: what the robots send is averaged as it is and sent back.",
     "fleet_merge_once": "Robots train alone to the end; then their hidden units are aligned and averaged, once.",
     "fleet_merge_rounds": "In rounds: the robots' hidden units are aligned, then what they send is averaged.",
+    "average_norms_rounds": "In rounds: the plain average, stretched to the norms of what it is the average of.",
+    "align_rounds": "In rounds: the robots' hidden units are aligned, and the average is left as short as it is.",
+    "fedprox_rounds": "In rounds: an Adam of its own for each robot, which is held near to the last average (FedProx).",
     "fedavg_rounds": "In rounds: each robot steps with its own Adam, and the weights are averaged as they are.",
     "joint": "One policy trained on everybody's demonstrations, which a fleet that shares no data cannot do.",
 }
@@ -120,6 +123,9 @@ background:rgb(var(--heat)/calc(.05 + .95*var(--v)))}
 white-space:nowrap;display:inline-block}
 .heat.many td{min-width:.75rem;height:1.5rem;padding:0;border-radius:2px}
 .heat.many tbody th{max-width:14rem;overflow:hidden;text-overflow:ellipsis}
+.plain th,.plain td{padding:.4rem .6rem;font-size:.92rem}
+.plain tbody th{font-weight:600;min-width:11rem}
+.plain tbody tr+tr>*{border-top:1px solid var(--grid)}
 .scale{display:flex;align-items:center;gap:.6rem;font-size:.84rem;color:var(--muted);margin-top:.7rem}
 .scale i{width:9rem;height:.7rem;border-radius:4px;
 background:linear-gradient(90deg,rgb(var(--heat)/.05),rgb(var(--heat)))}
@@ -353,13 +359,47 @@ def _command(records: Sequence[EvalRecord], extras: Mapping[str, Any]) -> str:
     return "\n".join(dict.fromkeys(lines))
 
 
-def _plot(title: str, words: str, svg: str | None) -> str:
+def _barriers(data: Mapping[str, Any] | None) -> str:
+    """One sentence on the barriers of an interpolation; nothing where they are not known."""
+    parts = [
+        f"{one['success_barrier']:.2f} {one['name']}"
+        for one in (data or {}).get("series", ())
+        if one.get("success_barrier") is not None
+    ]
+    return f" Success falls below the line between its ends by at most {', '.join(parts)}." if parts else ""
+
+
+def plot_section(title: str, words: str, svg: str | None) -> str:
+    """A section with a plot and the words above it; nothing without a plot."""
     if not svg:
         return ""
     return (
         f'<section><h2>{_text(title)}</h2><p class="quiet">{_text(words)}</p>'
         f'<div class="wide" tabindex="0" role="region" aria-label="{_text(title)}, plot">{svg}</div></section>'
     )
+
+
+def header(title: str) -> str:
+    """The top of a page that has a title only."""
+    return f'<header class="top"><div><h1>{_text(title)}</h1></div></header>'
+
+
+def table_section(title: str, heads: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    """A section with a plain table of texts; the first of each line heads it."""
+    top = "".join(f'<th scope="col">{_text(head)}</th>' for head in heads)
+    body = "".join(
+        f'<tr><th scope="row">{_text(first)}</th>{"".join(f"<td>{_text(cell)}</td>" for cell in rest)}</tr>'
+        for first, *rest in lines
+    )
+    return (
+        f'<section><h2>{_text(title)}</h2><div class="wide" tabindex="0" role="region" aria-label="{_text(title)}">'
+        f'<table class="plain"><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table></div></section>'
+    )
+
+
+def command_section(command: str) -> str:
+    """A section with the command that makes the results; nothing without one."""
+    return f"<section><h2>Reproduce</h2><pre><code>{_text(command)}</code></pre></section>" if command else ""
 
 
 def page(
@@ -379,25 +419,26 @@ def page(
     title = title_of(extras, records)
     film = _film(extras, folder, title)
     drawn = [
-        _plot(
+        plot_section(
             "Success by round",
             "Line: mean over training seeds. Band: from the worst seed to the best. Dashed: methods without rounds, "
             "at the end of their training.",
             plots.learning_curve(rows, extras.get("reference_lines") or ()),
         ),
-        _plot(
+        plot_section(
             "Success for what was sent",
-            "Marker: the final policy, with its 95% interval. Line: on the way there. The scale of bytes is "
-            "logarithmic.",
+            "Marker: the final policy, with its 95% interval. Line: on the way there, with a band from the worst seed "
+            "to the best. The scale of bytes is logarithmic.",
             plots.communication(rows),
         ),
     ]
     path = plots.interpolation(extras["interpolation"]) if extras.get("interpolation") else None
     drawn.append(
-        _plot(
+        plot_section(
             "Between two robots",
             "Policies on the straight line between two robots' weights. Alignment renumbers the hidden units of one "
-            "robot, which changes nothing that it does, so that its units stand where the other's do.",
+            "robot, which changes nothing that it does, so that its units stand where the other's do."
+            f"{_barriers(extras.get('interpolation'))}",
             path,
         )
     )
@@ -426,9 +467,22 @@ def page(
         '<section><h2>Task by task</h2><p class="quiet">Share of successful episodes of each method on each task.</p>'
         f"{_heat_map(rows)}</section>",
         f"<section><h2>What the methods are</h2>{meanings}</section>" if meanings else "",
-        f"<section><h2>Reproduce</h2><pre><code>{_text(command)}</code></pre></section>" if command else "",
+        command_section(command),
         f"<section><h2>Provenance</h2>{_facts(records, extras)}</section>",
     ]
+    return document(title, parts)
+
+
+def document(title: str, parts: Sequence[str]) -> str:
+    """A whole page of its parts, with the styles and colours of all our pages.
+
+    Args:
+        title: Plain text.
+        parts: HTML; empty ones are left out.
+
+    Returns:
+        HTML. It loads nothing; its policy forbids the browser to.
+    """
     body = "\n".join(part for part in parts if part)
     style = f":root{{color-scheme:light dark;{_scheme(_LIGHT)}}}\n"
     style += f"@media(prefers-color-scheme:dark){{:root{{{_scheme(_DARK)}}}}}{_CSS}"

@@ -162,14 +162,36 @@ def _margin_labels(axes: Axes, ends: Sequence[tuple[float, str, str]]) -> None:
             fontsize=size,
             color=paint,
             annotation_clip=False,
-            arrowprops={"arrowstyle": "-", "color": paint, "linewidth": 0.7, "shrinkA": 1, "shrinkB": 0},
+            # relpos: the leader ends beside the text, not in the middle of it
+            arrowprops={
+                "arrowstyle": "-",
+                "color": paint,
+                "linewidth": 0.7,
+                "shrinkA": 1,
+                "shrinkB": 0,
+                "relpos": (0, 0.5),
+            },
         )
+
+
+def _steps_of_rounds(rows: Sequence[Mapping[str, Any]]) -> tuple[float, float] | None:
+    """Gradient steps before round 0 ends and in each later round, where they are the same for all points."""
+    points = sorted({(p["round"], p["gradient_steps"]) for row in rows for p in row["curve"] if "gradient_steps" in p})
+    known = sum("gradient_steps" in p for row in rows for p in row["curve"])
+    if known != sum(len(row["curve"]) for row in rows) or len(points) < 2 or points[0][0] == points[-1][0]:
+        return None
+    (first, start), (last, end) = points[0], points[-1]
+    slope = (end - start) / (last - first)
+    begin = start - slope * first
+    fits = all(abs(begin + slope * number - steps) < 1e-6 * max(1.0, end) for number, steps in points)
+    return (begin, slope) if fits and slope > 0 else None
 
 
 def learning_curve(rows: Sequence[Mapping[str, Any]], lines: Sequence[Mapping[str, Any]] = ()) -> str | None:
     """Success by round: a line and a band (least to most over training seeds) where there is a curve.
 
-    Joint training, robots alone and methods without a curve are horizontal lines at their final success.
+    Joint training, robots alone and methods without a curve are horizontal lines at their final success. Where every
+    round has as many gradient steps they stand at the upper edge.
 
     Args:
         rows: Rows of the leaderboard.
@@ -186,9 +208,10 @@ def learning_curve(rows: Sequence[Mapping[str, Any]], lines: Sequence[Mapping[st
     if axis is None:
         return None
     name = {"round": "Round", "gradient_steps": "Gradient steps"}[axis]
+    steps = _steps_of_rounds(curved) if axis == "round" else None
 
     def draw(figure: Figure) -> None:
-        axes = figure.add_axes((0.125, 0.125, 0.585, 0.845))
+        axes = figure.add_axes((0.125, 0.125, 0.585, 0.845 if steps is None else 0.735))
         _rate_axis(axes)
         ends = []
         for row in rows:
@@ -222,6 +245,11 @@ def learning_curve(rows: Sequence[Mapping[str, Any]], lines: Sequence[Mapping[st
         axes.set_xlim(min(0, first), last if last > min(0, first) else last + 1)
         axes.set_xlabel(name)
         axes.grid(axis="x", visible=False)
+        if steps is not None:
+            begin, slope = steps
+            upper = axes.secondary_xaxis("top", (lambda x: begin + slope * x, lambda x: (x - begin) / slope))
+            upper.set_xlabel("Gradient steps")
+            upper.spines["top"].set_visible(False)
         _margin_labels(axes, ends)
 
     parts = [f"{row['label']} ends at {row['curve'][-1]['success']:.0%}" for row in curved]
@@ -279,6 +307,9 @@ def communication(rows: Sequence[Mapping[str, Any]]) -> str | None:
             x = row["bytes_sent"] or zero
             trail = trails.get(row["method"], [])
             if len(trail) > 1:
+                if row["seeds"] > 1:
+                    bounds = [(p["bytes_sent"], p["low"], p["high"]) for p in row["curve"] if p.get("bytes_sent")]
+                    axes.fill_between(*zip(*bounds), color=paint, alpha=0.12, linewidth=0)
                 axes.plot(*zip(*trail), color=paint, linewidth=1.6, alpha=0.75, zorder=3)
             error = [[max(0.0, row["success"] - row["low"])], [max(0.0, row["high"] - row["success"])]]
             axes.errorbar(
@@ -373,9 +404,85 @@ def interpolation(data: Mapping[str, Any]) -> str | None:
 
     parts = []
     for one in series:
+        if one.get("success_barrier") is not None:
+            parts.append(f"{one['name']}: barrier {one['success_barrier']:.2f} of success")
         for key in shown:
             if points := known(one, key):
                 x, y = min(points, key=lambda point: abs(point[0] - 0.5))
                 parts.append(f"{one['name']}: {key} {y:.3g} at {x:.2g}")
     alt = f"Along the line between the weights of {ends[0]} and {ends[-1]}. {'; '.join(parts)}."
     return _svg(draw, (7.6, 3.5), "interpolation", alt)
+
+
+def swept(groups: Sequence[Mapping[str, Any]], lines: Sequence[Mapping[str, Any]] = ()) -> str | None:
+    """Success against the bytes that a robot sent, over the points of a sweep.
+
+    Args:
+        groups: Points that belong together, joined by a line: each group has ``label``, ``slot`` (its colour),
+            ``style`` (a number; its kind of line) and ``points``, each with ``bytes_sent``, ``success``, ``low``,
+            ``high`` and ``text``, written beside it.
+        lines: Horizontal lines, each with ``label``, ``slot`` and ``success``.
+
+    Returns:
+        An SVG element, or None when nothing was sent.
+    """
+    groups = [{**group, "points": [p for p in group["points"] if p["bytes_sent"]]} for group in groups]
+    groups = [group for group in groups if group["points"]]
+    if not groups:
+        return None
+    values = [point["bytes_sent"] for group in groups for point in group["points"]]
+    low, high = min(values) / 1.5, max(values) * 1.5
+    dashes = ("-", (0, (5, 2)), (0, (1, 1.5)), (0, (6, 2, 1, 2)))
+
+    def draw(figure: Figure) -> None:
+        axes = figure.add_axes((0.085, 0.11, 0.66, 0.86))
+        _rate_axis(axes)
+        axes.set_xscale("log")
+        axes.set_xlim(low, high)
+        axes.xaxis.set_minor_locator(_null_locator())
+        ticks = _byte_ticks(low, high)
+        axes.set_xticks(ticks, [human_bytes(tick) for tick in ticks])
+        axes.set_xlabel("Sent by each robot in total")
+        ends = []
+        for group in groups:
+            paint, style = _COLOURS[f"m{group['slot']}"], group["style"]
+            points = sorted(group["points"], key=lambda point: point["bytes_sent"])
+            x, y = ([point[key] for point in points] for key in ("bytes_sent", "success"))
+            below = [max(0.0, point["success"] - point["low"]) for point in points]
+            above = [max(0.0, point["high"] - point["success"]) for point in points]
+            axes.errorbar(
+                x,
+                y,
+                yerr=[below, above],
+                color=paint,
+                marker=_MARKERS[group["slot"]],
+                markersize=7,
+                markeredgecolor=_COLOURS["surface"],
+                linewidth=1.8,
+                elinewidth=1.2,
+                linestyle=dashes[style % len(dashes)],
+                zorder=4,
+            )
+            for point in points:
+                axes.annotate(
+                    point["text"],
+                    (point["bytes_sent"], point["success"]),
+                    xytext=(5, -11),
+                    textcoords="offset points",
+                    fontsize=7.5,
+                    color=paint,
+                )
+            ends.append((y[-1], group["label"], paint))
+        for line in lines:
+            paint = _COLOURS[f"m{line['slot']}"]
+            axes.axhline(line["success"], color=paint, linewidth=1.3, linestyle=(0, (1, 2)))
+            ends.append((line["success"], line["label"], paint))
+        _margin_labels(axes, ends)
+
+    parts = [
+        f"{group['label']}, {point['text']}: {human_bytes(point['bytes_sent'])}, {point['success']:.0%}"
+        for group in groups
+        for point in group["points"]
+    ]
+    parts += [f"{line['label']}: {line['success']:.0%}" for line in lines]
+    return _svg(draw, (8.6, 4.6), "swept", f"Success against bytes sent by each robot. {'; '.join(parts)}.")

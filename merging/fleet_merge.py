@@ -6,6 +6,7 @@ ours: every step lowers the mean squared distance between the policies, or is no
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -266,19 +267,7 @@ def align(
 
 @torch.no_grad()
 def fleet_merge(
-    spec: WeightSpec,
-    state_dicts: Sequence[StateDict],
-    *,
-    matcher: str = "frank_wolfe",
-    signs: bool = True,
-    max_passes: int = 3,
-    reference: str | int = "auto",
-    coefficients: Sequence[float] | None = None,
-    tolerance: float = 1e-3,
-    device: str = "cpu",
-    seed: int = 0,
-    norms: bool | str = "auto",
-    **options: Any,
+    spec: WeightSpec, state_dicts: Sequence[StateDict], *, norms: bool | str = "auto", **options: Any
 ) -> Merged:
     """The merger ``fleet_merge``: :func:`align`, then the weighted mean, then its norms restored.
 
@@ -289,21 +278,23 @@ def fleet_merge(
     place.
     """
     wants_norms(norms, spec, state_dicts[:1])  # a wrong value is said before the work
-    elements, aligned, history = align(
-        spec,
-        state_dicts,
-        matcher=matcher,
-        signs=signs,
-        max_passes=max_passes,
-        reference=reference,
-        coefficients=coefficients,
-        tolerance=tolerance,
-        device=device,
-        seed=seed,
-        **options,
-    )
+    elements, aligned, history = align(spec, state_dicts, **options)
+    coefficients = options.get("coefficients")
     weights = average(aligned, coefficients)
     if wants_norms(norms, spec, aligned):
         weights, factor = restore_norms(weights, spec, aligned, coefficients)
         history[-1]["norm_factor"] = factor
     return weights, elements, history
+
+
+def _signature_of_options(function: Callable[..., Any], source: Callable[..., Any]) -> inspect.Signature:
+    """The signature of a function whose ``**options`` are the keyword arguments of another."""
+    own = inspect.signature(function)
+    *named, rest = own.parameters.values()
+    taken = [p for name, p in inspect.signature(source).parameters.items() if name not in own.parameters]
+    shared = [p for p in taken if p.kind is p.KEYWORD_ONLY]
+    return own.replace(parameters=[*named, *shared, rest])
+
+
+# Which options there are is read from the signature; what they are is written once, at align.
+fleet_merge.__signature__ = _signature_of_options(fleet_merge, align_one_by_one)

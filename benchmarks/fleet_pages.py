@@ -1,0 +1,117 @@
+"""What the fleet-merging benchmark shows of a folder: the film, the merged policy, the leaderboard's pages."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from fleetgym.benchmarks.fleet_jobs import EVALUATION_SEED, record_path
+from fleetgym.benchmarks.fleet_presets import ALL, ALL_METHODS, METHODS, PRESETS, Preset
+from fleetgym.core.checkpoint import Checkpoint
+from fleetgym.core.errors import UserError
+from fleetgym.core.files import read_json, write_json
+from fleetgym.core.rollout import rollout
+from fleetgym.envs import suite
+
+
+def merged_policy(folder: Path, seed: int) -> Path:
+    """Where the checkpoint of the policy merged in rounds lies."""
+    return folder / "training" / f"seed{seed}" / "fleet_merge_rounds" / "checkpoints" / "last"
+
+
+def film(folder: Path, preset: Preset, seed: int, max_steps: int = 120, tasks: int = 6) -> str | None:
+    """Films the merged policy on several tasks, side by side.
+
+    Args:
+        folder: The benchmark's folder.
+        preset: What was trained.
+        seed: Whose policy.
+        max_steps: Steps of an episode shown.
+        tasks: How many tasks at most.
+
+    Returns:
+        The film's file name, or None where nothing can be rendered here.
+    """
+    from fleetgym.core.render import NO_GL_HELP, choose_gl, grid_video, write_video
+
+    if choose_gl() == "disable":
+        print(f"no film: {NO_GL_HELP}")
+        return None
+    policy = Checkpoint.load(merged_policy(folder, seed)).module()
+    worlds = suite("meta_world")
+    names = preset.task_names[:tasks]
+    films = []
+    for name in names:
+        make = worlds.make_fn(
+            name, goals="held_out", task_set=preset.task_names, render_mode="rgb_array", width=192, height=192
+        )
+        episode = rollout(
+            policy, make, [EVALUATION_SEED], max_steps=max_steps, stop_on_success=True, render=2, record=False
+        )[0]
+        films.append(episode.frames)
+    # The last frame stays for a moment before the film begins again.
+    frames = list(grid_video([[*frames, *frames[-1:] * 10] for frames in films]))
+    write_video(folder / "film.mp4", frames, fps=20)
+    write_video(folder / "film.gif", frames, fps=20)  # for pages that show no video, such as a README
+    return "film.mp4"
+
+
+def command_options(preset: Preset, name: str) -> str:
+    """The options that make a preset of the one of that name, with a space before; empty if it is that."""
+    usual = dataclasses.asdict(PRESETS[name])
+    changed = [f"{key}={value}" for key, value in dataclasses.asdict(preset).items() if value != usual[key]]
+    return f" --override {' '.join(changed)}" if changed else ""
+
+
+def describe(preset: Preset) -> str:
+    """Who has what, and what is sent, in two sentences."""
+    tasks, each = len(preset.task_names), preset.tasks_each
+    what = f"{preset.demonstrations} demonstrations of one task"
+    if preset.tasks_per_robot == ALL:
+        what = f"{preset.demonstrations} demonstrations of its own of every task"
+    elif each > 1:
+        what = f"{preset.demonstrations} demonstrations of each of {each} tasks dealt at random"
+    whose = "of its own" if preset.initial == "different" else "common to all"
+    spell = "gradient step" if preset.local_steps == 1 else f"{preset.local_steps} gradient steps"
+    sent = f"every {spell} they send weights"
+    if preset.optimizer == "server":
+        sent = f"they send weights after {preset.warmup} gradient steps, and at each later step a gradient"
+    return (
+        f"{preset.robots} robots on {tasks} task{'s' * (tasks != 1)}, each with {what} and random initial weights "
+        f"{whose}, never share data: {sent}, which are merged into one policy for all tasks."
+    )
+
+
+def publish(folder: Path, preset: Preset, name: str, seeds: Sequence[int], make_film: bool = True) -> None:
+    """Writes ``extras.json``, the film, the merged policy and the leaderboard pages from what lies in the folder."""
+    from fleetgym.benchmarks import leaderboard
+
+    interpolated = folder / "training" / f"seed{seeds[0]}" / "alone" / "interpolation.json"
+    rows = command_options(preset, name)
+    found = [method for method in ALL_METHODS if record_path(folder, method, seeds[0]).exists()]
+    if found != list(METHODS):
+        rows = f" --methods {' '.join(found)}{rows}"
+    extras: dict[str, Any] = {
+        "title": f"Fleet merging on Meta-World, preset {name}{', changed' if ' --override ' in rows else ''}",
+        "description": (
+            f"{describe(preset)} Success is on goals that no demonstration showed; intervals are Wilson's, 95%."
+        ),
+        "command": f"fleetgym bench fleet_merge --preset {name} --seeds {' '.join(map(str, seeds))}{rows}",
+    }
+    if interpolated.exists():
+        extras["interpolation"] = read_json(interpolated)
+    if make_film:
+        try:
+            extras["film"] = film(folder, preset, seeds[0]) if merged_policy(folder, seeds[0]).exists() else None
+        except UserError as error:
+            print(f"no film: {error}")
+    if (folder / "film.mp4").exists():
+        extras["film"] = "film.mp4"
+    trained = merged_policy(folder, seeds[0])
+    if trained.exists():
+        merged = Checkpoint.load(trained)
+        Checkpoint.save(folder / "policy", merged.module(), info=merged.info)
+    write_json(folder / "extras.json", {key: value for key, value in extras.items() if value is not None})
+    leaderboard.write(folder)
