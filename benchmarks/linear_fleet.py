@@ -336,12 +336,13 @@ _STYLES = {
     "balanced_gl": ("#22aacc", "-", "P"),
     "observable": ("#338844", "-", "X"),
     "responses": ("#cc4499", "-", "*"),
-    "joint": ("#000000", "-", "."),
 }
 
 
 def plot(rows: Sequence[Mapping[str, Any]], robots: int, path: Path) -> Path:
     """Draws the median excess cost (ratio - 1) against the perturbation, a panel for each plant.
+
+    ``joint``, which is known for other seeds than the rest, is not drawn.
 
     Args:
         rows: As in ``results.json``.
@@ -455,8 +456,9 @@ def main(argv: Sequence[str]) -> int:
     listed = list(rows.values())
     text = (
         f"{table(listed)}\nMean cost over the robots' plants, as a multiple of each one's optimum: the median of "
-        f"{args.seeds} seeds ({args.joint_seeds} for `joint`). In brackets the seeds in which every robot is stable, "
-        f"where that is not all of them.\n"
+        f"{args.seeds} seeds, for `joint` of the first {args.joint_seeds} (so compare it by the last column, which has "
+        f"them in pairs). In brackets the seeds in which every robot is stable, where that is not all of them; `joint` "
+        f"is sought only where another row is stable on all robots.\n"
     )
     write_json(args.out / "results.json", {"rows": listed, "cpu_seconds": seconds, "provenance": provenance()})
     with atomic_write(args.out / "table.md") as temporary:
