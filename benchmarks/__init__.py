@@ -12,6 +12,7 @@ BENCHMARKS: Registry[Any] = Registry("benchmark", group="fleetgym.benchmarks")
 
 BENCHMARKS.register("fleet_merge", "fleetgym.benchmarks.fleet_merge:main")
 BENCHMARKS.register("experts", "fleetgym.benchmarks.experts:main")
+BENCHMARKS.register("linear_fleet", "fleetgym.benchmarks.linear_fleet:main")
 BENCHMARKS.register("matching", "fleetgym.benchmarks.matching:main")
 BENCHMARKS.register("office_nav", "fleetgym.benchmarks.office_nav:main")
 BENCHMARKS.register("one_shot", "fleetgym.benchmarks.one_shot:main")

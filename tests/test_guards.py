@@ -47,7 +47,7 @@ PACKAGES = {
     "merging": ({"numpy", "torch", "scipy"}, {"numba"}),
     "benchmarks": (
         {"numpy", "torch", "gymnasium", "tyro"},
-        {"rich", "matplotlib", "PIL", "mujoco", "metaworld", "minigrid", "rebasin"},
+        {"rich", "matplotlib", "PIL", "mujoco", "metaworld", "minigrid", "rebasin", "scipy"},
     ),
     "cli": ({"tyro"}, None),  # None: anything
     "root": (set(), set()),
