@@ -11,9 +11,10 @@ tanh network, are a few of these. Three ways to bring policies into one frame, a
   (Observable: the same with C_i = C_1 T.) For different policies it is not the distance of the moved weights, whose
   infimum over GL(n) need not be attained, and its answer depends on the bases at hand.
 - **O(n)** (:func:`solve_orthogonal`), the T that leave every norm: there ||T A_i - A_1 T|| = ||T A_i T^-1 - A_1||, so
-  both objectives are one. It is quadratic in T and has no closed form. Steps T <- polar(gradient + c T) never raise
-  the distance: with c = 2 ||A_1|| ||A_i|| (spectral norms) the gain plus c ||T||^2 / 2, a constant on O(n), is convex,
-  so it lies above its tangent, which the polar factor maximises (von Neumann).
+  both objectives are one, a constant less twice the inner product with the reference. That is quadratic in T; there is
+  no closed form. Steps T <- polar(gradient + c T) never lower it: with c = 2 ||A_1|| ||A_i|| (spectral norms) it is
+  convex when c ||T||^2 / 2, a constant on O(n), is added, so it lies above its tangent, which the polar factor
+  maximises (von Neumann).
 - **Canonical forms**, which look at one policy alone: :func:`balanced` (reachability and observability Gramians P and
   Q equal and diagonal) and :func:`observable` (rows of the observability matrix O become the state). *They do not
   depend on the basis:* T maps P to T P T^T and Q to T^-T Q T^-1, so P Q keeps its eigenvalues, and balancing leaves
@@ -132,8 +133,8 @@ def _polar(matrix: np.ndarray) -> np.ndarray:
 def solve_gl(reference: LinearPolicy, policy: LinearPolicy) -> np.ndarray:
     """The T that minimises ||T A - A_1 T||^2 + ||T B - B_1||^2 + ||C - C_1 T||^2; index 1 is the reference's.
 
-    n^2 unknowns in closed form, dense: meant for tens of states at most. Where the policy is neither reachable nor
-    observable there are several; this is the shortest.
+    n^2 unknowns in closed form, dense: meant for tens of states at most. There is one such T if the policy is reachable
+    or the reference observable; else this is the shortest.
 
     Returns:
         T [n, n] such that ``policy.moved(T)`` is near the reference. Nothing keeps T well conditioned, or even
