@@ -26,7 +26,14 @@ from fleetgym.envs.office_nav import glyphs, raycast
 from fleetgym.envs.office_nav.raycast import CRATE, OFFICES, RADIUS
 from fleetgym.envs.office_nav.rng import SIGN, TASK, UNIT, bits, pick, top24
 from fleetgym.envs.office_nav.tiles import ANSI_AGENT
-from fleetgym.envs.office_nav.vector import resolve_autoreset_mode, resolve_mask, resolve_reset, resolve_seeds
+from fleetgym.envs.office_nav.vector import (
+    resolve_autoreset_mode,
+    resolve_mask,
+    resolve_number,
+    resolve_options,
+    resolve_reset,
+    resolve_seeds,
+)
 
 HORIZON = 30
 EPISODES = 2
@@ -760,12 +767,14 @@ class OfficeNav3DVectorEnv(VectorEnv):
         released: bool = False,
         horizon: int = HORIZON,
         phrase: str | None = None,
+        max_episode_steps: int | None = None,
     ) -> None:
-        if isinstance(num_envs, bool) or not isinstance(num_envs, (int, np.integer)) or num_envs < 1:
-            raise UserError(f"num_envs is {num_envs!r}; at least one is needed")
+        self.num_envs = resolve_number(num_envs)
+        if max_episode_steps is not None:  # what gym.make_vec calls the horizon
+            horizon = max_episode_steps
         if render_mode is not None and render_mode not in self.metadata["render_modes"]:
             raise unknown("render mode", render_mode, self.metadata["render_modes"])
-        self.num_envs, self.render_mode = int(num_envs), render_mode
+        self.render_mode = render_mode
         self.autoreset_mode = resolve_autoreset_mode(autoreset_mode)
         self.metadata = {**self.metadata, "autoreset_mode": self.autoreset_mode}
         self.trials = Trials(self.num_envs, split, released, horizon, phrase)
@@ -789,7 +798,7 @@ class OfficeNav3DVectorEnv(VectorEnv):
         Raises:
             UserError: As for the single environment; or not one seed or mask entry an environment.
         """
-        options = dict(options or {})
+        options = resolve_options(options)
         mask = resolve_mask(options.pop("reset_mask", None), self.trials.seeded)
         seeds = resolve_seeds(seed, self.num_envs)
         self.trials.reset(mask, seeds, options, lambda: int(self.np_random.integers(1 << 63)))

@@ -201,7 +201,7 @@ def test_pickles_go_on_where_they_were_in_other_processes_too(method):
             lambda env: OfficeNav3DVectorEnv(2).reset(options={"reset_mask": np.array([True, False])}),
             "first reset is of",
         ),
-        (lambda env: OfficeNav3DVectorEnv(0), "at least one"),
+        (lambda env: OfficeNav3DVectorEnv(0), "num_envs is 0; it is an integer from 1 to"),
         (lambda env: OfficeNav3DVectorEnv(2, autoreset_mode="never"), "next_step"),
         (lambda env: OfficeNav3DVectorEnv(2).reset(seed=[1]), "1 seeds for 2"),
         (lambda env: OfficeNav3DVectorEnv(2).reset(options={"reset_mask": np.zeros(2, bool)}), "a True in it"),
@@ -598,3 +598,14 @@ def test_speed():
     for row in actions:
         vector.step(row)
     assert 50 * 64 / (time.process_time() - start) > 3000
+
+
+def test_a_vector_s_horizon_and_bad_input():
+    envs = gym.make_vec("OfficeNav3D-v0", num_envs=2, max_episode_steps=3, autoreset_mode="disabled")
+    envs.reset(seed=0)
+    assert [envs.step(np.zeros(2, int))[3].tolist() for _ in range(3)][-2:] == [[False] * 2, [True] * 2]
+    with pytest.raises(UserError, match="give a dict"):
+        envs.reset(options=["split"])
+    for number in (0, True, 2.5, 10**20):
+        with pytest.raises(UserError, match="integer from 1"):
+            OfficeNav3DVectorEnv(number)
