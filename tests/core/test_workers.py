@@ -2,6 +2,9 @@
 
 import os
 import signal
+import subprocess
+import sys
+import time
 
 import pytest
 
@@ -35,6 +38,35 @@ def test_workers(tmp_path, monkeypatch):
 def test_a_dead_worker_is_said(monkeypatch):
     with pytest.raises(UserError, match="a worker process died"), worker_pool(1) as pool:
         pool.submit(die, 0).result()
+
+
+def test_workers_end_with_their_parent():
+    """A killed parent leaves no worker behind that goes on working."""
+    program = (
+        "import os, time\n"
+        "from fleetgym.core.workers import worker_pool\n"
+        "if __name__ == '__main__':\n"
+        "    with worker_pool(1) as pool:\n"
+        "        print(pool.submit(os.getpid).result(), flush=True)\n"
+        "        pool.submit(time.sleep, 600).result()\n"
+    )
+    parent = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True)
+    worker = int(parent.stdout.readline())
+    time.sleep(0.5)  # it is asleep in its second piece of work
+    parent.kill()
+    parent.wait()
+    deadline = time.monotonic() + 30
+    while _alive(worker) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not _alive(worker)
+
+
+def _alive(process):
+    try:
+        with open(f"/proc/{process}/stat") as file:
+            return file.read().split(")")[1].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
 
 
 def test_bad_number():

@@ -5,10 +5,11 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from typing import Any
 
 from fleetgym.core.errors import UserError
@@ -21,8 +22,15 @@ _THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMBA
 def _begin(initializer: Callable[..., Any] | None, arguments: tuple[Any, ...]) -> None:
     # Ctrl-C reaches the whole group: workers leave it to the parent, which knows what is finished.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     if initializer is not None:
         initializer(*arguments)
+
+
+def _end_with_parent() -> None:
+    # A killed parent cannot end its workers: they would go on for hours and hold the locks of their runs.
+    parent_process().join()
+    os._exit(1)
 
 
 @contextlib.contextmanager
