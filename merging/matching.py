@@ -37,7 +37,7 @@ class MatchResult:
     Attributes:
         element: The group element g.
         distance_before: ||ref - theta||^2.
-        distance_after: ||ref - g.theta||^2; never above ``distance_before``.
+        distance_after: ||ref - g.theta||^2; never above ``distance_before`` if the result is guarded.
         seconds: CPU seconds.
         iterations: Steps of the matcher, all starts together.
     """
@@ -768,7 +768,7 @@ def match(
         options: Options of the method.
 
     Returns:
-        The element and both distances. Where the method finds nothing better, the identity.
+        The element and both distances. With ``guard``, the identity where the method finds nothing nearer.
 
     Raises:
         UserError: Unknown method or option, weights that do not fit the spec, or NaN or infinite weights.
