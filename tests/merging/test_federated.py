@@ -2,8 +2,8 @@
 
 import datetime
 import ipaddress
-import math
 import json
+import math
 import os
 import signal
 import subprocess
