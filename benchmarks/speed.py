@@ -216,7 +216,7 @@ def matching(cells: Sequence[int] = (64, 128, 256), width: int = 512, channels: 
 
     for name, make, example in (
         (f"MLP 784-{width}-{width}-{width}-10", mlp, torch.zeros(2, 784)),
-        (f"ResNet-18, {channels} channels", lambda: ResNet18(channels=channels), torch.zeros(2, 3, 32, 32)),
+        ("ResNet-18", lambda: ResNet18(channels=channels), torch.zeros(2, 3, 32, 32)),
     ):
         a, b = _pair(make)
         spec = WeightSpec.from_module(a, example)
