@@ -556,7 +556,7 @@ class Process:
         self.process.send_signal(signal.SIGKILL)
         self.process.wait()
 
-    def until(self, text, seconds=150):
+    def until(self, text, seconds=400):
         """Waits until the process has printed a text."""
         end = time.monotonic() + seconds
         while text not in self.log.read_text():
@@ -595,7 +595,7 @@ def test_a_killed_robot_and_a_killed_server_change_nothing(tmp_path):
                 "--server",
                 f"127.0.0.1:{port}",
                 "--wait",
-                "150",
+                "400",
             ],
         )
         for name in names
@@ -610,7 +610,7 @@ def test_a_killed_robot_and_a_killed_server_change_nothing(tmp_path):
         server.start()
         server.until("going on after round")
         for process in (server, *robots.values()):
-            assert process.process.wait(timeout=150) == 0, process.log.read_text()
+            assert process.process.wait(timeout=400) == 0, process.log.read_text()
     finally:
         for process in (server, *robots.values()):
             process.process.kill()
