@@ -161,6 +161,13 @@ def main(argv: Sequence[str]) -> int:
         fleet = Fleet(preset, args.runs, seed)
         robots = [r for r in range(len(fleet.robots)) if r % preset.robots_per_task < every]
         folder = args.runs / "training" / f"seed{seed}" / "alone" / "checkpoints"
+        for row in rows.values():
+            kept, wanted = (row["robots"], row["episodes"]), (len(robots), args.episodes * len(fleet.tasks))
+            if kept != wanted:
+                raise UserError(
+                    f"{args.out / 'results.json'} has rows of {kept[0]} robots and {kept[1]} episodes, these would be "
+                    f"of {wanted[0]} and {wanted[1]}; choose another --out"
+                )
         policies = [Checkpoint.load(folder / fleet.checkpoint_name(r)).module() for r in robots]
         makers = merges(fleet, policies, robots)
         for method in args.methods:

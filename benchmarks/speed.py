@@ -135,17 +135,20 @@ class _Block(nn.Module):
 
 
 class ResNet18(nn.Module):
-    """The residual network of He et al. (2016) with 18 layers, for small pictures (3x3 stem, no pooling behind it)."""
+    """The residual network of He et al. (2016) with 18 layers, for small pictures (3x3 stem, no pooling behind it).
 
-    def __init__(self, classes: int = 10) -> None:
+    Args:
+        classes: Logits.
+        channels: Of the first of the four stages; each of the others has twice those of the one before it.
+    """
+
+    def __init__(self, classes: int = 10, channels: int = 64) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(3, 64, 3, 1, 1, bias=False)
-        self.bn = nn.BatchNorm2d(64)
-        self.blocks = nn.Sequential(
-            *(_Block(a, b) for a, b in ((64, 64), (64, 64), (64, 128), (128, 128)) + ((128, 256), (256, 256))),
-            *(_Block(a, b) for a, b in ((256, 512), (512, 512))),
-        )
-        self.head = nn.Linear(512, classes)
+        self.conv = nn.Conv2d(3, channels, 3, 1, 1, bias=False)
+        self.bn = nn.BatchNorm2d(channels)
+        sizes = [channels * factor for factor in (1, 1, 1, 2, 2, 4, 4, 8, 8)]
+        self.blocks = nn.Sequential(*(_Block(before, after) for before, after in zip(sizes, sizes[1:])))
+        self.head = nn.Linear(sizes[-1], classes)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:  # [B, 3, H, W] -> [B, classes]
         """Gives the classes' logits."""
@@ -160,13 +163,25 @@ def _pair(make: Callable[[], nn.Module]) -> list[nn.Module]:
     return made
 
 
-def matching() -> list[Comparison]:
+def matching(cells: Sequence[int] = (64, 128, 256), width: int = 512, channels: int = 64) -> list[Comparison]:
     """Aligning two networks by Frank-Wolfe: beside the Sinkhorn operator, and beside weight matching in PyTorch.
 
-    The peer of the last is ``rebasin`` (PyPI, 0.0.47), which restates Git Re-Basin's coordinate descent for PyTorch;
-    its tracing is not counted. Each row says the squared distance that either side ends at.
+    The peer of the last is ``rebasin`` (PyPI), which restates Git Re-Basin's coordinate descent for PyTorch; its
+    tracing is not counted. Each row says the squared distance that either side ends at.
+
+    Args:
+        cells: Hidden sizes of the GRU policies, one row each.
+        width: Of the hidden layers of the MLP.
+        channels: Of the first stage of the ResNet-18.
+
+    Raises:
+        UserError: ``rebasin`` is not installed.
     """
+    require("bench")
     import copy
+    from importlib.metadata import version
+
+    from rebasin import PermutationCoordinateDescent
 
     from fleetgym.agents.networks import RecurrentPolicy
     from fleetgym.core.weights import WeightSpec
@@ -177,7 +192,7 @@ def matching() -> list[Comparison]:
     def distance(work: Callable[[], Any]) -> float:
         return work().distance_after
 
-    for hidden in (64, 128, 256):
+    for hidden in cells:
         policies = _pair(lambda hidden=hidden: RecurrentPolicy(44, 4, hidden=hidden))
         spec, states = WeightSpec.from_module(policies[0]), [policy.state_dict() for policy in policies]
         sides = [
@@ -194,20 +209,14 @@ def matching() -> list[Comparison]:
             )
         )
 
-    try:
-        from rebasin import PermutationCoordinateDescent
-    except ImportError:
-        print("the rows beside PyPI's rebasin are left out: pip install rebasin torchview graphviz tqdm")
-        return rows
-
     def mlp() -> nn.Module:
-        sizes = (784, 512, 512, 512)
+        sizes = (784, width, width, width)
         layers = [part for i, o in zip(sizes, sizes[1:]) for part in (nn.Linear(i, o), nn.ReLU())]
-        return nn.Sequential(*layers, nn.Linear(512, 10))
+        return nn.Sequential(*layers, nn.Linear(width, 10))
 
     for name, make, example in (
-        ("MLP 784-512-512-512-10", mlp, torch.zeros(2, 784)),
-        ("ResNet-18", ResNet18, torch.zeros(2, 3, 32, 32)),
+        (f"MLP 784-{width}-{width}-{width}-10", mlp, torch.zeros(2, 784)),
+        ("ResNet-18", lambda: ResNet18(channels=channels), torch.zeros(2, 3, 32, 32)),
     ):
         a, b = _pair(make)
         spec = WeightSpec.from_module(a, example)
@@ -237,7 +246,7 @@ def matching() -> list[Comparison]:
                 1,
                 ours,
                 peer,
-                "PyPI's rebasin 0.0.47 (weight matching)",
+                f"PyPI's rebasin {version('rebasin')} (weight matching)",
                 about=name,
                 before_peer=prepare,
                 results=("squared distance", functools.partial(distance, ours), peer_distance),
@@ -246,7 +255,9 @@ def matching() -> list[Comparison]:
     return rows
 
 
-def office_nav(device: str = "cpu") -> list[Comparison]:
+def office_nav(
+    device: str = "cpu", batch: int = 1024, tensor_batch: int = 4096, copied: int = 1 << 27
+) -> list[Comparison]:
     """Steps of OfficeNav beside Minigrid's: symbols and pixels in a batch, one environment; and as tensors on a device.
 
     Minigrid has no batches of its own, so its steps are those of one environment in a loop, made by ``gym.make``;
@@ -255,11 +266,14 @@ def office_nav(device: str = "cpu") -> list[Comparison]:
 
     Tensors stand beside the native vector environment, with all that it returns; and, with signs by index and without
     last observations, beside the device's own memory. That counts the bytes of ``image`` alone that are written (9,408
-    a step of pixels, 147 of symbols), over the bytes read and written by copies of 128 MiB. The 3D office has no peer
+    a step of pixels, 147 of symbols), over the bytes read and written by copies. The 3D office has no peer
     that needs no OpenGL, and stands beside itself.
 
     Args:
-        device: Of the tensors. An accelerator has 65,536 environments beside its memory, a CPU 4,096.
+        device: Of the tensors.
+        batch: Environments of a native vector environment beside Minigrid.
+        tensor_batch: Environments of tensors; an accelerator has 16 times as many beside its memory.
+        copied: Bytes that a copy reads, and writes; the caches should not hold them.
 
     Raises:
         UserError: Minigrid is not installed, or the device is not there.
@@ -272,7 +286,7 @@ def office_nav(device: str = "cpu") -> list[Comparison]:
 
     TorchOfficeNav(1, device, "OfficeNav-Symbolic-v0")  # refuses a device that cannot be used
     generator = np.random.default_rng(0)
-    batch, tensor_batch, memory_batch, peer_steps = 1024, 4096, 4096 if device == "cpu" else 65536, 400
+    memory_batch, peer_steps = tensor_batch * (1 if device == "cpu" else 16), 400
     views = {"symbols": ("OfficeNav-Symbolic-v0", 256, 7 * 7 * 3), "pixels": ("OfficeNav-v0", 64, 56 * 56 * 3)}
 
     def stepper(env: gym.Env, number: int) -> Callable[[], None]:
@@ -329,7 +343,7 @@ def office_nav(device: str = "cpu") -> list[Comparison]:
                 f"symbols, gym.make, beside {peer_id}",
             )
         )
-    source = torch.ones(1 << 27, dtype=torch.uint8, device=device)
+    source = torch.ones(copied, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     where = "the CPU" if device == "cpu" else device
     for view, (env_id, steps, size) in views.items():
@@ -361,12 +375,12 @@ def office_nav(device: str = "cpu") -> list[Comparison]:
     rows.append(
         Comparison(
             "frames",
-            32 * 256,
-            walker(gym.make_vec("OfficeNav3D-v0", num_envs=256), 32),
+            32 * (batch // 4),
+            walker(gym.make_vec("OfficeNav3D-v0", num_envs=batch // 4), 32),
             stepper(gym.make("OfficeNav3D-v0"), peer_steps),
             "the same by gym.make, one environment",
             peer_steps,
-            "OfficeNav3D, 60x80 pixels, 256 environments",
+            f"OfficeNav3D, 60x80 pixels, {batch // 4} environments",
         )
     )
     return rows
@@ -378,6 +392,7 @@ COMPARISONS: dict[str, Callable[..., Comparison | list[Comparison]]] = {
     "matching": matching,
     "office_nav": office_nav,
 }
+_NEED_PEERS = ("matching", "office_nav")  # the extra bench
 
 
 def compare(comparison: Comparison, repeat: int) -> dict[str, Any]:
@@ -467,9 +482,11 @@ def main(argv: Sequence[str]) -> int:
         raise UserError(f"--repeat {args.repeat}: it must be at least 1")
     torch.set_num_threads(1)
     results = {}
+    names = args.only or tuple(COMPARISONS)
     if not args.only and not installed("bench"):
-        print("office_nav is left out: " + install_line("bench"))
-    for name in args.only or [name for name in COMPARISONS if name != "office_nav" or installed("bench")]:
+        names = tuple(name for name in names if name not in _NEED_PEERS)
+        print(f"{' and '.join(_NEED_PEERS)} are left out: {install_line('bench')}")
+    for name in names:
         found = COMPARISONS[name](args.device) if name == "office_nav" else COMPARISONS[name]()
         for comparison in found if isinstance(found, list) else [found]:
             title = f"{name} ({comparison.about})" if comparison.about else name

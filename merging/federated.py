@@ -533,11 +533,14 @@ class FleetMerge(Strategy):
         statistics = Statistics.from_tensors(unpack(arrays["statistics"]))
         shapes = {statistics.mean.shape, statistics.variance.shape}
         finite = all(math.isfinite(x) for x in [*statistics.mean.flat, *statistics.variance.flat])
+        finite = finite and math.isfinite(statistics.floor)
         if len(shapes) != 1 or statistics.mean.ndim != 1 or not finite or min(statistics.variance, default=-1) < 0:
             raise UserError(f"robot {name!r} sent statistics that are not finite vectors of one size")
         if statistics.count < 1:
             raise UserError(f"robot {name!r} has no data")
         sizes = (int(about["observation_size"]), int(about["action_size"]))
+        if min(sizes) < 1:
+            raise UserError(f"robot {name!r} has observations and actions of sizes {sizes}; both must be at least 1")
         if self.module is not None:
             wanted = (self.plan["observation_size"], self.plan["action_size"])
             width = len(self.module.state_dict()[MEAN])
@@ -570,6 +573,11 @@ class FleetMerge(Strategy):
         self._build()
         pooled = Statistics.pool([member.statistics for _, member in sorted(self.members.items())])
         state = self.module.state_dict()
+        if len(pooled.mean) != len(state[MEAN]):
+            raise UserError(
+                f"the robots' statistics are of {len(pooled.mean)} features, the policy that the plan describes has "
+                f"{len(state[MEAN])}; the robots must compute the features of the plan"
+            )
         with torch.no_grad():
             state[MEAN].copy_(torch.as_tensor(pooled.mean))
             state[STD].copy_(torch.as_tensor(pooled.std))

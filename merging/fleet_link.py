@@ -233,7 +233,7 @@ def parse_address(address: str) -> tuple[str, int]:
     """
     host, colon, port = address.rpartition(":")
     host = host.removeprefix("[").removesuffix("]")
-    if not colon or not host or "/" in host or not port.isdigit() or not 0 < int(port) < 65536:
+    if not colon or not host or "/" in host or not port.isdecimal() or not 0 < int(port) < 65536:
         raise UserError(f"address {address!r}: HOST:PORT is wanted, such as 127.0.0.1:9092 or robots.example.org:9092")
     return host, int(port)
 

@@ -37,7 +37,7 @@ class MatchResult:
     Attributes:
         element: The group element g.
         distance_before: ||ref - theta||^2.
-        distance_after: ||ref - g.theta||^2; never above ``distance_before``.
+        distance_after: ||ref - g.theta||^2; never above ``distance_before`` if the result is guarded.
         seconds: CPU seconds.
         iterations: Steps of the matcher, all starts together.
     """
@@ -452,6 +452,12 @@ def _inner_assignments(gain: np.ndarray, blocks: int) -> tuple[np.ndarray, np.nd
     return value.reshape(points, blocks, blocks), order.reshape(points, blocks, blocks, size)
 
 
+def _not_below(least: float, **options: float) -> None:
+    for name, value in options.items():
+        if not value >= least:
+            raise UserError(f"{name}={value}: it must be at least {least:g}")
+
+
 # ---- matchers -------------------------------------------------------------------------------------------------------
 # A matcher takes a problem (of one pair of networks, or of S), a torch generator and options, and returns a vertex, one
 # point a pair, and the number of steps.
@@ -464,7 +470,11 @@ def lap(problem: Problem, generator: torch.Generator, *, sweeps: int = 50) -> tu
         problem: The objective.
         generator: Not used.
         sweeps: Most passes over the groups.
+
+    Raises:
+        UserError: ``sweeps`` is negative.
     """
+    _not_below(0, sweeps=sweeps)
     return problem.polish(problem.identity(), sweeps)
 
 
@@ -482,7 +492,11 @@ def git_rebasin(problem: Problem, generator: torch.Generator, *, sweeps: int = 1
         problem: The objective.
         generator: Draws the orders.
         sweeps: Most passes over the groups.
+
+    Raises:
+        UserError: ``sweeps`` is negative.
     """
+    _not_below(0, sweeps=sweeps)
     vertex, steps = problem.identity(), 0
     best, values = vertex, problem.value_at(vertex)
     families = problem.families
@@ -606,11 +620,15 @@ def frank_wolfe(
             None, 40; 16 where a group has 256 units or more, 8 from 512 on: wide layers need fewer.
         restarts: How often the best is warmed up again. If None, once, and not at all for wide layers.
         thorough: Whether to search where the identity looks right, too.
+
+    Raises:
+        UserError: A number is negative.
     """
     wide = max(problem.sizes.values(), default=0) >= 256
     if annealing is None:
         annealing = 40 if not wide else 16 if max(problem.sizes.values()) < 512 else 8
     restarts = (0 if wide else 1) if restarts is None else restarts
+    _not_below(0, iterations=iterations, annealing=annealing, restarts=restarts)
     # The search needs no precision: what it ends in is rounded to a vertex, valued and polished in float64.
     rough = problem.to(torch.float32)
     identity = problem.identity()
@@ -699,7 +717,13 @@ def sinkhorn(
         rate: Its learning rate.
         temperature: The logits are divided by it.
         balance: Row and column normalisations.
+
+    Raises:
+        UserError: A number is out of its range: ``rate`` and ``temperature`` are positive, ``balance`` is at least 1.
     """
+    _not_below(0, steps=steps)
+    _not_below(1, balance=balance)
+    _not_below(1e-6, rate=rate, temperature=temperature)
     rough = problem.to(torch.float32)
     logits = {}
     for g, n in problem.sizes.items():
@@ -768,7 +792,7 @@ def match(
         options: Options of the method.
 
     Returns:
-        The element and both distances. Where the method finds nothing better, the identity.
+        The element and both distances. With ``guard``, the identity where the method finds nothing nearer.
 
     Raises:
         UserError: Unknown method or option, weights that do not fit the spec, or NaN or infinite weights.

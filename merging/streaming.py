@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -59,9 +59,9 @@ def merge_files(
 ) -> MergedFiles:
     """Merges checkpoints, or safetensors files of plain state dicts, reading one at a time.
 
-    The result is that of ``merge(method, policies)``. At any moment there are at most three sets of weights: the mean,
-    the policy at hand, and its moved copy or what it is matched to; the matcher works on top of that. Each pass reads
-    every file once, or twice where the policy moves.
+    The result is that of ``merge(method, policies)``. At any moment there are at most three sets of weights: the mean
+    (in float64), the policy at hand, and its moved copy or what it is matched to; unequal coefficients keep a second
+    mean, and the matcher works on top of that. Each pass reads every file once, or twice where the policy moves.
 
     Args:
         paths: Checkpoint folders, or ``.safetensors`` files (then ``spec`` is needed).
@@ -70,14 +70,15 @@ def merge_files(
         spec: The symmetry; derived from the first checkpoint if None.
         coefficients: Weights of the policies.
         norms: As for the merger; its own default if None (``"auto"`` for ``fleet_merge``, False for ``average``).
-        info: Facts for the checkpoint's ``config.json``.
+        info: Facts for the checkpoint's ``config.json``; a ``.safetensors`` file has no place for them.
         options: Options of :func:`fleetgym.merging.fleet_merge.align` and of the matcher.
 
     Returns:
         The merged weights and how they came about.
 
     Raises:
-        UserError: Fewer than two paths, a file that does not fit the first (named), NaN weights, unknown options.
+        UserError: Fewer than two paths, a file that does not fit the first (named), NaN weights, unknown options, an
+            ``out`` of the other kind than the files.
     """
     if method not in METHODS:
         raise unknown("merger that works one policy at a time", method, METHODS)
@@ -102,10 +103,15 @@ def merge_files(
         )
     if plain[0] and spec is None:
         raise UserError("plain state dicts need spec=..., the WeightSpec of their network")
+    if out is not None and (Path(out).suffix == ".safetensors") != plain[0]:
+        kind = "a file that ends in .safetensors" if plain[0] else "a folder, whose name does not end in .safetensors"
+        raise UserError(f"out={str(out)!r}: such policies are merged into {kind}")
 
     first = None if plain[0] else Checkpoint.load(files[0])
     if spec is None and first is not None:
         spec = WeightSpec.from_module(first.module())
+    if first is not None:  # of its weights only the statistics: it is read again like the others
+        first = replace(first, weights={key: first.weights[key] for key in (MEAN, STD) if key in first.weights})
     read = _reader(files, first, spec, shares)
     if method == "average":
         options["max_passes"] = 0
@@ -118,8 +124,7 @@ def merge_files(
     if out is not None:
         path = Path(out)
         if first is not None:
-            module = first.module()
-            module.load_state_dict(weights)
+            module = replace(first, weights=weights).module()
             Checkpoint.save(path, module, normaliser=first.normaliser, info=info)
         else:
             with atomic_write(path) as temporary:

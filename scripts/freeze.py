@@ -60,7 +60,8 @@ def main() -> int:
             for python, marker in MARKERS.items():
                 if match[3] in (None, marker):
                     pins[python][match[1]] = match[2]
-    pins[here] = needed("fleetgym", {"bench", "dev"})
+    extras = importlib.metadata.metadata("fleetgym").get_all("Provides-Extra")
+    pins[here] = needed("fleetgym", set(extras))
     lines = []
     for name in sorted({name for versions in pins.values() for name in versions}):
         found = {python: versions[name] for python, versions in pins.items() if name in versions}

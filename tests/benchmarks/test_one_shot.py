@@ -34,6 +34,10 @@ def test_every_row_says_what_was_sent(tmp_path, capsys):
         one_shot.main([*command, "--methods", "averages"])
     with pytest.raises(UserError, match="--robots-per-task 3: there are 2"):
         one_shot.main([*command, "--robots-per-task", "3"])
+    with pytest.raises(UserError, match="has rows of 4 robots and 2 episodes, these would be of 2 and 2; choose ano"):
+        one_shot.main([*command, "--robots-per-task", "1"])
+    with pytest.raises(UserError, match="these would be of 4 and 4; choose another --out"):
+        one_shot.main([*command, "--episodes", "2"])
 
 
 class Constant:

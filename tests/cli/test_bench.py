@@ -5,8 +5,10 @@ import json
 import pytest
 
 from fleetgym.benchmarks.fleet_merge import PRESETS
+from fleetgym.benchmarks.speed import COMPARISONS
 from fleetgym.cli import main
 from fleetgym.core import EvalRecord
+from fleetgym.core.optional import EXTRAS, Extra
 
 
 def test_names(capsys):
@@ -29,6 +31,30 @@ def test_speed(tmp_path, capsys):
     assert "times as fast" in capsys.readouterr().out
     assert json.loads((tmp_path / "s.json").read_text())["results"]["fleet_training"]["ratio"] > 0
     assert main(["bench", "speed", "--only", "warp"]) == 2
+
+
+def test_speed_of_matching_beside_its_peers():
+    from fleetgym.benchmarks.speed import compare, line, matching
+
+    rows = matching(cells=(16,), width=24, channels=4)
+    assert len({row.about for row in rows}) == len(rows) == 3
+    _, ours, sinkhorn = rows[0].results
+    assert 0 < ours() <= 1.001 * sinkhorn()
+    for row in rows[1:]:
+        found = compare(row, 1)
+        assert 0 < found["ours_result"] <= 1.001 * found["peer_result"], row.about
+        assert "squared distance" in line(row, found) and found["pairs"] == 1
+
+
+def test_speed_without_the_peers(monkeypatch, capsys):
+    monkeypatch.setitem(EXTRAS, "bench", Extra(("rebasinn",), "peers"))
+    assert main(["bench", "speed", "--only", "matching"]) == 2
+    assert "rebasinn is missing (peers); install it with: pip install 'fleetgym[bench]'" in capsys.readouterr().err
+    done = []
+    for name in COMPARISONS:
+        monkeypatch.setitem(COMPARISONS, name, lambda name=name: done.append(name) or [])
+    assert main(["bench", "speed"]) == 0 and done == ["meta_world", "fleet_training"]
+    assert "matching and office_nav are left out: pip install 'fleetgym[bench]'" in capsys.readouterr().out
 
 
 def test_experts(tmp_path, capsys):

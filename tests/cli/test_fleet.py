@@ -36,6 +36,7 @@ CASES = {
     "no data": ("client --out run --name a", "no dataset"),
     "absent data": ("client nowhere --out run --name a", "nowhere"),
     "address": (f"{CLIENT} --server robots", "address 'robots': HOST:PORT is wanted"),
+    "odd digits": (f"{CLIENT} --server robots:9²", "address 'robots:9²': HOST:PORT is wanted"),
     "port": (f"{CLIENT} --server robots:99999", "address 'robots:99999': HOST:PORT is wanted"),
     "name": ("client demos --out run --name a/b", "robot's name 'a/b'"),
     "absent certificate": (

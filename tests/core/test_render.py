@@ -1,8 +1,10 @@
 """OpenGL back ends, films, tiling."""
 
 import os
+import shutil
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -70,6 +72,35 @@ def test_choose_gl_respects_the_user():
     assert run(code, MUJOCO_GL="glfw").stdout.strip() == "glfw"
     result = run(code, PYOPENGL_PLATFORM="osmesa")
     assert result.stdout.strip() in ("osmesa", "glfw", "disable") and result.stderr == ""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="Linux only")
+def test_the_library_of_triton_is_loaded_first(tmp_path):
+    """After Mesa's, importing it would end the process; a small library stands for it, and the package is not run."""
+    folder = tmp_path / "triton" / "_C"
+    folder.mkdir(parents=True)
+    (tmp_path / "triton" / "__init__.py").write_text("raise SystemExit('imported')")
+    shutil.copy(np.random._common.__file__, folder / "libtriton.so")
+    code = (
+        "import ctypes, sys\nfrom fleetgym.core import render\nloaded, load = [], ctypes.CDLL\n"
+        "ctypes.CDLL = lambda name, *mode: loaded.append(str(name)) or load(name, *mode)\n"
+        "render.choose_gl()\nassert 'triton' not in sys.modules\nprint(*loaded, sep='\\n')\n"
+    )
+    path = os.pathsep.join([str(tmp_path), *filter(None, sys.path)])
+    for value in ("", "glfw"):
+        result = run(code, PYTHONPATH=path, MUJOCO_GL=value)
+        assert result.returncode == 0, result.stderr
+        assert result.stdout.splitlines()[0] == str(folder / "libtriton.so")
+    assert run(code, PYTHONPATH=path, MUJOCO_GL="disable").stdout.strip() == ""
+    (folder / "libtriton.so").write_bytes(b"no library")
+    assert run(code, PYTHONPATH=path).returncode == 0
+
+
+@pytest.mark.skipif(find_spec("triton") is None, reason="torch without triton")
+def test_triton_can_be_imported_after_a_picture():
+    if chosen() in BACKENDS:
+        result = run(DRAW + "import triton\nprint('imported')")
+        assert result.returncode == 0 and result.stdout.endswith("imported\n"), result.stderr
 
 
 def test_choose_gl_is_free_the_second_time_and_exports_the_choice():

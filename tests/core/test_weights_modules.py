@@ -453,6 +453,7 @@ class Middle(nn.Module):
         (lambda h: h - h.mean(-1, keepdim=True), False),
         (lambda h: h.softmax(-1) * h.amax(-1, keepdim=True), False),
         (lambda h: torch.where(h > 0, h, 0 * h), False),
+        (lambda h: torch.max(h, other=2 * h), False),
         (lambda h: h * torch.sigmoid(h), False),
         (lambda h: F.layer_norm(h, (6,)), False),
     ],
@@ -469,12 +470,22 @@ def test_signs_hold_for_odd_functions_only(function, signed):
             WeightSpec(flips, more.groups, more.signed).verify(module, x)
 
 
+def test_rounding_down_is_not_odd():
+    module, x = Middle(lambda h: torch.div(h, 0.1, rounding_mode="floor")).double(), torch.randn(5, 4).double()
+    for example in (None, x):
+        spec = WeightSpec.from_module(module, example)
+        assert spec.groups == {"a": 6} and spec.signed == {"a": False} and spec.verify(module, x) < 1e-12
+
+
 @pytest.mark.parametrize(
     ("name", "function"),
     [
         ("cumsum", lambda h: torch.cumsum(h, -1)),
         ("roll", lambda h: h.roll(1, dims=-1)),
         ("flip", lambda h: h.flip(-1)),
+        ("flip", lambda h: h.flip(1, 0)),
+        ("roll", lambda h: h.roll(0)),
+        ("diff", lambda h: F.pad(h.diff(1), (1, 0))),
         ("fft_fft", lambda h: torch.fft.fft(h).real),
         ("tril", torch.tril),
         ("unfold", lambda h: h.unfold(1, 2, 2).sum(-1).repeat(1, 2)),
@@ -504,6 +515,34 @@ def test_what_breaks_the_symmetry_is_refused_by_name(name, function):
 def test_what_tells_units_apart_fixes_them(function):
     module, x = Middle(function), torch.randn(5, 4)
     assert WeightSpec.from_module(module, x).groups == {}
+
+
+def test_groups_of_a_convolution_that_cut_through_its_inputs_fix_them():
+    class Cut(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Conv2d(2, 3, 1), nn.Conv2d(2, 5, 1)
+            self.grouped, self.head = nn.Conv2d(8, 8, 3, groups=2), nn.Linear(8, 2)
+
+        def forward(self, x):
+            both = torch.tanh(torch.cat([self.a(x), self.b(x)], 1))
+            return self.head(self.grouped(both).mean((2, 3)))
+
+    assert WeightSpec.from_module(Cut(), torch.randn(2, 2, 5, 5)).groups == {"grouped[0:4]": 4, "grouped[4:8]": 4}
+
+
+def test_a_tensor_with_two_names_has_one_set_of_axes():
+    module, x = nn.Sequential(*[nn.Linear(8, 8), nn.Tanh()] * 2, nn.Linear(8, 2)), torch.randn(5, 8)
+    module = copy.deepcopy(module)
+    module[2] = nn.Linear(8, 8)
+    apart = WeightSpec.from_module(module)
+    assert apart.groups == {"0": 8, "2": 8} and apart.verify(module) < 1e-5
+    module[2].weight = module[0].weight
+    for example in (None, x):
+        spec = WeightSpec.from_module(module, example)
+        assert spec.groups == {} and spec.verify(module) == 0
+    with pytest.raises(UserError, match="'0.weight' and '2.weight' are one tensor; give them the same axes"):
+        apart.verify(module)
 
 
 def test_a_slice_splits_a_group():

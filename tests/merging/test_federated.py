@@ -3,6 +3,7 @@
 import datetime
 import ipaddress
 import json
+import math
 import os
 import signal
 import subprocess
@@ -49,13 +50,14 @@ PLAN = {
 class Stub:
     """A robot whose weights are a function of its name, the round and what it got."""
 
-    def __init__(self, name, identity=None, sizes=(3, 2), count=10):
+    def __init__(self, name, identity=None, sizes=(3, 2), count=10, features=None, floor=1e-3):
         self.name, self.identity, self.sizes, self.count = name, identity or f"id-{name}", sizes, count
+        self.features, self.floor = sizes[0] if features is None else features, floor
         self.orders, self.finished = [], False
 
     def describe(self, plan):
-        mean = np.full(self.sizes[0], float(ord(self.name[0]) - ord("a")))
-        statistics = Statistics(mean, np.ones_like(mean), self.count, 1e-3)
+        mean = np.full(self.features, float(ord(self.name[0]) - ord("a")))
+        statistics = Statistics(mean, np.ones_like(mean), self.count, self.floor)
         return {"observation_size": self.sizes[0], "action_size": self.sizes[1]}, statistics
 
     def train(self, order):
@@ -305,12 +307,22 @@ def test_too_few_good_replies_are_not_merged():
     assert any(line.startswith("round 0: merged a, b, loss") for line in lines)
 
 
+def test_features_that_the_policy_does_not_have_are_said():
+    strategy, grid, _, _ = fleet("")
+    for node, name in enumerate("ab", 100):
+        grid.join(node, Stub(name, features=4))
+    with pytest.raises(UserError, match="statistics are of 4 features, the policy that the plan describes has 3"):
+        strategy.start(grid, num_rounds=0)
+
+
 @pytest.mark.parametrize(
     "robot, why",
     [
         (Stub("a", identity="another"), "another robot is called 'a'"),
         (Stub("d", sizes=(5, 2)), "observations and actions of sizes (5, 2), 5 features; the fleet has (3, 2) and 3"),
         (Stub("d", count=0), "robot 'd' has no data"),
+        (Stub("d", sizes=(3, 0)), "robot 'd' has observations and actions of sizes (3, 0); both must be at least 1"),
+        (Stub("d", floor=math.nan), "robot 'd' sent statistics that are not finite vectors"),
         (Stub("x/../y"), "robot's name 'x/../y'"),
     ],
 )
@@ -544,7 +556,7 @@ class Process:
         self.process.send_signal(signal.SIGKILL)
         self.process.wait()
 
-    def until(self, text, seconds=150):
+    def until(self, text, seconds=400):
         """Waits until the process has printed a text."""
         end = time.monotonic() + seconds
         while text not in self.log.read_text():
@@ -583,7 +595,7 @@ def test_a_killed_robot_and_a_killed_server_change_nothing(tmp_path):
                 "--server",
                 f"127.0.0.1:{port}",
                 "--wait",
-                "150",
+                "400",
             ],
         )
         for name in names
@@ -598,7 +610,7 @@ def test_a_killed_robot_and_a_killed_server_change_nothing(tmp_path):
         server.start()
         server.until("going on after round")
         for process in (server, *robots.values()):
-            assert process.process.wait(timeout=150) == 0, process.log.read_text()
+            assert process.process.wait(timeout=400) == 0, process.log.read_text()
     finally:
         for process in (server, *robots.values()):
             process.process.kill()

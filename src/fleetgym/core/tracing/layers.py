@@ -9,7 +9,7 @@ from torch import Tensor
 from fleetgym.core.tracing.rules import LETTERS, interleave, moved, name_heads
 from fleetgym.core.tracing.run import Run, operation
 from fleetgym.core.tracing.values import Dim, Value, broadcast, contract, flat, join, plain, split, tidy
-from fleetgym.core.tracing.wires import Conflict, Node, Wire, fixed_wire, leaves, pin, tie
+from fleetgym.core.tracing.wires import Conflict, Node, Wire, fixed_wire, is_fixed, leaves, pin, tie
 
 # ---- convolutions ---------------------------------------------------------------------------------------------------
 
@@ -68,6 +68,8 @@ def _convolution(run: Run, out: Tensor, x: Any, weight: Any, bias: Any, groups: 
             channels = plain(channels)
             rows, inside = split(channels, [groups, channels.size // groups], run.label("groups"))
             plain(inside)
+            if is_fixed(rows.perm):
+                channels.pin()
             into.pin()
             blocks, _ = split(outof, [groups, outof.size // groups], run.label("groups"))
             tie(rows.perm, blocks.perm)

@@ -533,11 +533,18 @@ def pins_dims(run: Run, value: Value, dim: Any) -> list[int]:
     return [value.place(i) for i in (dim if isinstance(dim, (tuple, list)) else [dim])]
 
 
+_BEFORE_DIM = {"roll": 1, "diff": 1, "fft_fft": 1}
+
+
 @operation("cumsum", "cumprod", "flip", "roll", "logcumsumexp", "diff", "fft_fft", "cummax")
 def _along(run: Run, out: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
     value = run.value(x)
-    dim = kwargs.get("dim", kwargs.get("dims", args[-1] if args else None))
-    for place in pins_dims(run, value, dim):
+    if run.name == "flip":  # its dimensions may stand one by one
+        given = args[0] if len(args) == 1 else args or None
+    else:  # behind the shifts of a roll, the order of a difference, the length of a transform
+        given = (args[_BEFORE_DIM.get(run.name, 0) :] or (None,))[0]
+    dim = kwargs.get("dim", kwargs.get("dims", given))
+    for place in pins_dims(run, value, -1 if dim is None and run.name in ("diff", "fft_fft") else dim):
         if not value.dims[place].fixed:
             raise Conflict("it depends on the order of units that may be permuted")
     if run.name not in ("cumsum", "flip", "roll", "diff"):
@@ -589,8 +596,9 @@ def _pad(run: Run, out: Tensor, x: Any, pads: Any, mode: str = "constant", value
            "frobenius_norm")  # fmt: skip
 def _reduce(run: Run, out: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
     name, value = run.name, run.value(x)
-    if name in ("max", "min") and args and isinstance(args[0], Tensor):
-        return _joint(run, out, x, *args)
+    other = kwargs.get("other", args[0] if args else None)
+    if name in ("max", "min") and isinstance(other, Tensor):
+        return _joint(run, out, x, other)
     if name in ("norm", "linalg_vector_norm", "vector_norm"):
         args = args[1:]
     dim = kwargs.get("dim", args[0] if args and not isinstance(args[0], bool) else None)

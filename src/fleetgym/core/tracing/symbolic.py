@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import inspect
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -380,6 +380,12 @@ def _pair(d: Derivation, a: Any, b: Any) -> tuple[_Value, _Value]:
     return a, b
 
 
+def _pin_signs(d: Derivation, items: Iterable[Any]) -> None:
+    for item in items:
+        if isinstance(item, (_Value, _Param)) and not _scalar(item):
+            pin(d.value(item).sign)
+
+
 def _rank(a: _Value, b: _Value) -> int | None:
     return None if a.rank is None or b.rank is None else max(a.rank, b.rank)
 
@@ -404,7 +410,9 @@ def _sum(d: Derivation, a: Any, b: Any, **_: Any) -> Any:
 @rule(
     torch.mul, torch.div, operator.mul, operator.truediv, operator.imul, operator.itruediv, "mul", "div", "mul_", "div_"
 )
-def _product(d: Derivation, a: Any, b: Any, **_: Any) -> Any:
+def _product(d: Derivation, a: Any, b: Any, rounding_mode: str | None = None, **_: Any) -> Any:
+    if rounding_mode is not None:  # rounding down is not odd
+        _pin_signs(d, (a, b))
     if _scalar(a) and _scalar(b):
         return _Plain()
     if isinstance(a, _Zero) or isinstance(b, _Zero):
@@ -838,7 +846,13 @@ def _finish(d: Derivation, module: nn.Module, result: Any, sources: list[_Value]
     state = module.state_dict()
     wires = {key: d.dims.get(key) or [None] * state[key].dim() for key in state}
     # Two names of one tensor (tied weights) have one set of axes.
-    by_storage = {id(tensor): key for key, tensor in d.tensors.items() if d.dims.get(key)}
+    by_storage: dict[int, str] = {}
+    for key, tensor in d.tensors.items():
+        if d.dims.get(key):
+            first = by_storage.setdefault(id(tensor), key)
+            for one, other in zip(d.dims[first], d.dims[key]):
+                for a, b in zip(one, other):
+                    tie(a, b)
     for key, tensor in d.tensors.items():
         if not d.dims.get(key) and id(tensor) in by_storage:
             wires[key] = d.dims[by_storage[id(tensor)]]
