@@ -8,7 +8,7 @@ from torch import nn
 from fleetgym.agents.networks import RecurrentPolicy
 from fleetgym.core import Axis, Element, UserError, WeightSpec
 from fleetgym.merging.functionals import Layout, NFLinear, UNFLinear, WeightBatch
-from fleetgym.merging.functionals.linear import grouped
+from fleetgym.merging.functionals.engine import composed, grouped
 from fleetgym.merging.functionals.reference import TermByTerm
 
 
@@ -245,6 +245,24 @@ def test_gradients(name):
     small = layer_of(spec_of("np"), 1, 1)
     leaf = random_batch(small.layout, 1, 1).data.requires_grad_()
     assert torch.autograd.gradgradcheck(lambda d: small(WeightBatch(small.layout, d.square())).data, leaf)
+
+
+@pytest.mark.parametrize("asked", ["data", "weights", "bias", "none"])
+def test_gradients_of_some_only(asked):
+    layer = layer_of(spec_of("rnn"))
+    data = random_batch(layer.layout).data
+    for name, leaf in [("data", data), ("bias", layer.bias), *(("weights", weight) for weight in layer.weights)]:
+        leaf.requires_grad_(name == asked)
+    given = (layer.plan, data, list(layer.weights), layer.bias)
+    out = grouped(*given)
+    assert out.requires_grad == (asked != "none")
+    if out.requires_grad:
+        leaves = [leaf for leaf in (data, layer.bias, *layer.weights) if leaf.requires_grad]
+        cost = torch.randn_like(out)
+        found = torch.autograd.grad(out, leaves, cost, retain_graph=True)
+        twice = torch.autograd.grad(out, leaves, cost, create_graph=True)
+        for a, b, c in zip(found, twice, torch.autograd.grad(composed(*given), leaves, cost)):
+            assert float((a - c).abs().max()) < 1e-11 and float((b - c).detach().abs().max()) < 1e-11
 
 
 @pytest.mark.parametrize("name", ["hnp", "gru", "attention", "cube"])
