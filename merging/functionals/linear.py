@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -10,9 +11,8 @@ from torch import Tensor, nn
 from fleetgym.core import UserError, WeightSpec
 from fleetgym.core.errors import unknown
 from fleetgym.merging.functionals.batch import WeightBatch
-from fleetgym.merging.functionals.engine import grouped
 from fleetgym.merging.functionals.layout import Layout
-from fleetgym.merging.functionals.partitions import Plan
+from fleetgym.merging.functionals.partitions import Plan, Reduction, Target
 
 
 class _Grouped(nn.Module):
@@ -204,3 +204,123 @@ class NFLinear(_Grouped):
             if reason:
                 raise UserError(f"NFLinear takes feed-forward chains, and {part.name!r} {reason}; use UNFLinear")
         super().__init__(Plan.of(layout, prune=False), c_in, c_out, bias, generator)
+
+
+def grouped(plan: Plan, data: Tensor, weights: Sequence[Tensor], bias: Tensor | None) -> Tensor:
+    """The map of a plan: [B, P, c_in] -> [B, P, c_out].
+
+    Args:
+        plan: Terms and products.
+        data: [B, P, c_in].
+        weights: For each product [sum of fold * c_in, sum of fold * c_out].
+        bias: [sum of fold * c_out] or None.
+    """
+    parts, batch, channels = plan.layout.parts, data.shape[0], data.shape[-1]
+    c_out = weights[0].shape[1] // sum(parts[target.part].fold for target in plan.products[0].outputs)
+    # One split has one backward; narrowing for each part would fill a tensor of whole size with zeros for each.
+    views = [
+        piece.reshape(batch, *(atom.size for atom in atoms), part.fold * channels)
+        for part, atoms, piece in zip(parts, plan.atoms, data.split([part.length for part in parts], dim=1))
+    ]
+    reduced = _Reductions(plan, views)
+    found: list[list[tuple[Target, Tensor]]] = [[] for _ in parts]
+    for product, weight in zip(plan.products, weights):
+        inputs = [reduced(reduction) for reduction in product.inputs]
+        result = (inputs[0] if len(inputs) == 1 else torch.cat(inputs, dim=-1)) @ weight
+        pieces = result.split([parts[o.part].fold * c_out for o in product.outputs], dim=-1)
+        for target, piece in zip(product.outputs, pieces):
+            found[target.part].append((target, piece))
+    shifts = [None] * len(parts) if bias is None else bias.split([part.fold * c_out for part in parts])
+    out = [
+        _assemble([atom.size for atom in atoms], pieces, shift).reshape(batch, part.length, c_out)
+        for part, atoms, pieces, shift in zip(parts, plan.atoms, found, shifts)
+    ]
+    return torch.cat(out, dim=1)
+
+
+class _Reductions:
+    """Averages of parts, each computed once, from the smallest that is there."""
+
+    def __init__(self, plan: Plan, views: list[Tensor]) -> None:
+        self.plan, self.views = plan, views
+        self.made: dict[tuple[int, tuple[int, ...]], dict[tuple[int, ...], Tensor]] = {}
+
+    def __call__(self, reduction: Reduction) -> Tensor:
+        """[B, *sizes of the kept blocks, fold * C]."""
+        ordered = tuple(sorted(reduction.kept))
+        made = self.made.setdefault((reduction.part, reduction.pattern), {})
+        if ordered not in made:
+            everything = tuple(range(max(reduction.pattern, default=-1) + 1))
+            if everything not in made:
+                made[everything] = _diagonals(self.views[reduction.part], reduction.pattern)
+            if ordered != everything:
+                above = [kept for kept in made if set(ordered) < set(kept)]
+                start = min(above, key=lambda kept: math.prod(made[kept].shape[1:-1]))
+                gone = [1 + place for place, block in enumerate(start) if block not in ordered]
+                made[ordered] = made[start].mean(gone)
+        x = made[ordered]
+        if reduction.kept != ordered:
+            x = x.permute(0, *(1 + ordered.index(block) for block in reduction.kept), -1)
+        return x
+
+
+def _diagonals(x: Tensor, pattern: Iterable[int]) -> Tensor:
+    """Sets indices of one block equal: [B, *sizes of indices, C] -> [B, *sizes of blocks, C]."""
+    blocks = list(pattern)
+    place = 0
+    while place < len(blocks):
+        first = blocks.index(blocks[place])
+        if first == place:
+            place += 1
+            continue
+        x = x.diagonal(0, 1 + first, 1 + place).movedim(-1, 1 + first)
+        del blocks[place]
+    return x
+
+
+def _assemble(sizes: list[int], pieces: list[tuple[Target, Tensor]], shift: Tensor | None) -> Tensor:
+    """Adds up what reaches an output part, small to large: [B, *sizes, fold * c_out]."""
+    plain = tuple(range(len(sizes)))
+    by_pattern: dict[tuple[int, ...], list[tuple[set[int], Tensor]]] = {plain: []}
+    for target, piece in pieces:
+        blocks = max(target.pattern, default=-1) + 1
+        order = [1 + target.carried.index(block) for block in sorted(target.carried)]
+        piece = piece.permute(0, *order, -1)
+        for block in range(blocks):
+            if block not in target.carried:
+                piece = piece.unsqueeze(1 + block)
+        by_pattern.setdefault(target.pattern, []).append((set(target.carried), piece))
+    entries = by_pattern.pop(plain)
+    if shift is not None:
+        entries.insert(0, (set(), shift))
+    total = _fold(entries).expand(-1, *sizes, -1)
+    if by_pattern and len(entries) == 1:
+        total = total.clone()  # a piece of a product's result, in which diagonals must not be written
+    for pattern, found in by_pattern.items():
+        total = _add_diagonal(total, pattern, _fold(found))
+    return total
+
+
+def _fold(entries: list[tuple[set[int], Tensor]]) -> Tensor:
+    """The sum of tensors that vary along some axes each; what varies along few is added to what varies along more."""
+    entries = sorted(entries, key=lambda entry: len(entry[0]))
+    while len(entries) > 1:
+        (axes, tensor), *entries = entries
+        host = next((n for n, (other, _) in enumerate(entries) if axes <= other), len(entries) - 1)
+        entries[host] = (entries[host][0] | axes, entries[host][1] + tensor)
+        entries.sort(key=lambda entry: len(entry[0]))
+    return entries[0][1]
+
+
+def _add_diagonal(total: Tensor, pattern: tuple[int, ...], piece: Tensor) -> Tensor:
+    """Adds [B, *sizes of blocks, C] where indices of one block are equal."""
+    if not torch._C._are_functorch_transforms_active():
+        _diagonals(total, pattern).add_(piece)
+        return total
+    # A tensor that a transform does not batch cannot take one in place that it does.
+    place = next(place for place, block in enumerate(pattern) if pattern.index(block) < place)
+    first = pattern.index(pattern[place])
+    inner = total.diagonal(0, 1 + first, 1 + place).movedim(-1, 1 + first)
+    rest = pattern[:place] + pattern[place + 1 :]
+    inner = inner + piece if len(set(rest)) == len(rest) else _add_diagonal(inner, rest, piece)
+    return torch.diagonal_scatter(total, inner.movedim(1 + first, -1), 0, 1 + first, 1 + place)
