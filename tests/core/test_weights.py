@@ -367,3 +367,34 @@ def test_the_check_leaves_the_module_as_it_was():
     assert WeightSpec.from_module(module).check(module) < 1e-5
     assert module.training and module[0].training and not module[1].training
     assert all(torch.equal(value, kept[key]) for key, value in module.state_dict().items())
+
+
+def test_inputs_and_outputs_are_freed_and_fixed_again():
+    spec = WeightSpec.from_module(nn.Sequential(nn.Linear(2, 3), nn.Tanh(), nn.Linear(3, 5)))
+    free = spec.free("in", "out")
+    assert free.groups == {**spec.groups, "in": 2, "out": 5} and free.axes["2.bias"] == (Axis("out"),)
+    assert free.fix("in", "out") == spec == spec.fix("in", "out") and free.free("in", "out") == free
+    assert spec.free("in").groups == {**spec.groups, "in": 2}
+    assert free.axes["0.weight"] == (Axis("0", 1, (True,)), Axis("in"))
+    element = free.random(0)
+    assert set(element.perms) == {"0", "in", "out"} and bool((element.signs["in"] == 1).all())
+
+
+def test_axes_of_one_name_and_several_lengths_are_freed_apart():
+    axes = {"a": (Axis("h"), Axis(name="in", size=2)), "b": (Axis(parts=(Axis("h"), Axis(name="in", size=4))),)}
+    spec = WeightSpec(axes, {"h": 3})
+    free = spec.free("in")
+    assert free.groups == {"h": 3, "in.2": 2, "in.4": 4} and free.shapes == spec.shapes
+    assert free.fix("in") == spec
+    named = WeightSpec({"a": (Axis("out"), Axis(name="out", size=2))}, {"out": 3})  # a module may be called so
+    assert named.free("out").groups == {"out": 3, "out.2": 2}
+
+
+def test_names_that_cannot_be_freed_or_fixed():
+    spec = WeightSpec({"a": (Axis("h"), Axis(name="fixed", size=2))}, {"h": 3})
+    with pytest.raises(UserError, match="nothing in common"):
+        spec.free("fixed")
+    with pytest.raises(UserError, match="unknown fixed axis 'inn'"):
+        spec.free("inn")
+    with pytest.raises(UserError, match="unknown group 'hh'"):
+        spec.fix("hh")

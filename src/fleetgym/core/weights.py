@@ -91,6 +91,11 @@ class Axis:
         """Whether nothing along this dimension can move."""
         return self.group is None and all(part.fixed for part in self.parts)
 
+    @property
+    def leaves(self) -> list[Axis]:
+        """The axes joined end to end in this one, or itself."""
+        return [leaf for part in self.parts for leaf in part.leaves] if self.parts else [self]
+
     def segments(self, groups: Mapping[str, int]) -> list[Segment]:
         """The dimension from end to end."""
         if self.parts:
@@ -400,25 +405,84 @@ class WeightSpec:
                 perms[group] = self._blockwise(perms[parent], inside)
         return self.apply(state_dict, Element(perms, identity.signs))
 
+    def free(self, *names: str) -> WeightSpec:
+        """The same tensors with fixed axes made permutable: axes of one name and one length move together.
+
+        Freeing ``"in"`` and ``"out"`` gives the symmetry NP of Zhou et al. (NeurIPS 2023, arXiv 2302.14040), in which
+        inputs and outputs are permuted as hidden units are. It is no symmetry of the function: layers that read weights
+        use it to share parameters. :meth:`fix` is the inverse.
+
+        Args:
+            names: Names of fixed axes, ``"in"`` or ``"out"`` for a derived spec. A name without fixed axes changes
+                nothing. The group is called as the axis is, or ``in.5`` where axes of that name differ in length or
+                a hidden group has the name already.
+
+        Returns:
+            A spec with the same tensors and more groups.
+
+        Raises:
+            UserError: No axis has the name, or it is ``"fixed"``: such axes have nothing in common but the name.
+        """
+        leaves = [leaf for axes in self.axes.values() for axis in axes for leaf in axis.leaves if leaf.group is None]
+        sizes: dict[str, list[int]] = {}
+        for leaf in leaves:
+            if leaf.size not in sizes.setdefault(leaf.name, []):
+                sizes[leaf.name].append(leaf.size)
+        for name in names:
+            if name not in sizes and name not in ("in", "out") and name not in self.groups:
+                raise unknown("fixed axis", name, sizes)
+            if name in ("fixed", ""):
+                raise UserError(
+                    f"free({name!r}): axes of this name have nothing in common; give them names of their own"
+                )
+        made = {
+            (name, size): f"{name}.{size}" if len(sizes[name]) > 1 or name in self.groups else name
+            for name in dict.fromkeys(names)
+            for size in sizes.get(name, ())
+        }
+        taken = [group for group in made.values() if group in self.groups]
+        if taken:
+            raise UserError(f"free: group {taken[0]!r} exists already; give the axes or the group another name")
+
+        def freed(axis: Axis) -> Axis:
+            if axis.parts:
+                return Axis(parts=tuple(freed(part) for part in axis.parts))
+            group = made.get((axis.name, axis.size)) if axis.group is None else None
+            return axis if group is None else Axis(group)
+
+        return replace(
+            self,
+            axes={key: tuple(freed(axis) for axis in axes) for key, axes in self.axes.items()},
+            groups={**self.groups, **{group: size for (_, size), group in made.items()}},
+        )
+
     def fix(self, *groups: str) -> WeightSpec:
         """The same symmetry without some groups: their units keep their places and signs.
 
         Args:
             groups: Names of groups. Groups that are nested in one another (heads and their channels) go together:
                 blocks cannot move when the units in them may not, and their units are not free while blocks stay.
+                A name of axes that are fixed already changes nothing; the name of axes that :meth:`free` made
+                permutable fixes all of them.
 
         Returns:
             A spec with the same tensors and fewer groups.
 
         Raises:
-            UserError: A group is not of this spec.
+            UserError: A name is neither a group nor that of fixed axes.
         """
-        for group in groups:
-            if group not in self.groups:
-                raise unknown("group", group, self.groups)
-        gone = set(groups) | {child for child, parent in self.nested.items() if parent in groups}
+        names = {
+            leaf.name for axes in self.axes.values() for axis in axes for leaf in axis.leaves if leaf.group is None
+        }
+        named: dict[str, str] = {}  # what the axes of a group that goes are called
+        for name in groups:
+            found = [g for g, size in self.groups.items() if g in (name, f"{name}.{size}")]
+            if not found and name not in names | {"in", "out"}:
+                raise unknown("group", name, self.groups)
+            named |= {group: name if name in ("in", "out") else "fixed" for group in found}
+        gone = set(named) | {child for child, parent in self.nested.items() if parent in named}
         # Blocks cannot move when the units in them are fixed.
-        gone |= {parent for child, parent in self.nested.items() if child in groups}
+        gone |= {parent for child, parent in self.nested.items() if child in named}
         gone |= {child for child, parent in self.nested.items() if parent in gone}
 
         def without(axis: Axis) -> Axis:
@@ -426,7 +490,8 @@ class WeightSpec:
                 return Axis(parts=tuple(without(part) for part in axis.parts))
             if axis.group not in gone:
                 return axis
-            return Axis(name="fixed", size=sum(part.length for part in axis.segments(self.groups)))
+            size = sum(part.length for part in axis.segments(self.groups))
+            return Axis(name=named.get(axis.group, "fixed"), size=size)
 
         return replace(
             self,
