@@ -7,22 +7,72 @@ Each robot learns from its own demonstrations only. The fleet's parameters are s
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from fleetgym.agents.networks import PolicyStack, RecurrentPolicy, masked_mse
+from fleetgym.core.demonstrations import Demonstrations, SequenceBatch
 from fleetgym.core.errors import UserError
 from fleetgym.core.seeding import torch_generator
 
-if TYPE_CHECKING:
-    from fleetgym.core.demonstrations import SequenceBatch
-
 # What goes through the networks at once, at most: weights that a processor's cache holds, and episodes of one policy.
 _WEIGHTS, _EPISODES = 2_000_000, 40
+
+
+@dataclass(frozen=True)
+class ImageBatch(SequenceBatch):
+    """Sequences of pictures with a few numbers beside them.
+
+    Attributes:
+        images: [B, T, S, S, 3] uint8: the picture that belongs to each of the observations.
+    """
+
+    images: Tensor
+
+    @classmethod
+    def of(cls, demonstrations: Demonstrations) -> ImageBatch:
+        """All episodes of a dataset whose observations are mappings of ``state`` and ``pixels``, padded to the longest.
+
+        The pictures stay bytes.
+
+        Raises:
+            UserError: The observations are something else.
+        """
+        spaces = getattr(demonstrations.observation_space, "spaces", {})
+        shape = getattr(spaces.get("pixels"), "shape", None) or ()
+        if "state" not in spaces or len(shape) != 3 or shape[0] != shape[1] or spaces["pixels"].dtype != np.uint8:
+            raise UserError(
+                f"the dataset has the observation space {demonstrations.observation_space}; a mapping of 'state' and "
+                "'pixels', square pictures of uint8, is wanted"
+            )
+        plain = demonstrations.map(lambda e, _: replace(e, observations=e.observations["state"])).padded()
+        images = [torch.from_numpy(e.observations["pixels"][: e.length]) for e in demonstrations]
+        return cls(plain.observations, plain.actions, plain.mask, pad_sequence(images, batch_first=True))
+
+    @classmethod
+    def concatenate(cls, batches: Sequence[ImageBatch]) -> ImageBatch:
+        """See ``SequenceBatch.concatenate``; pictures of different sizes are refused, too."""
+        plain = SequenceBatch.concatenate(batches)
+        sizes = {tuple(batch.images.shape[2:]) for batch in batches}
+        if len(sizes) > 1:
+            raise UserError(f"batches of different pictures {sorted(sizes)} do not concatenate")
+        images = pad_sequence([episode for batch in batches for episode in batch.images], batch_first=True)
+        return cls(plain.observations, plain.actions, plain.mask, images)
+
+    def to(self, device: Any) -> ImageBatch:
+        """The batch on another device."""
+        plain = super().to(device)
+        return ImageBatch(plain.observations, plain.actions, plain.mask, self.images.to(device))
+
+
+def inputs(batch: SequenceBatch) -> tuple[Tensor, ...]:
+    """What a policy is called with: the observations, and the pictures where there are some."""
+    return (batch.observations, batch.images) if isinstance(batch, ImageBatch) else (batch.observations,)
 
 
 @dataclass(frozen=True)
@@ -61,7 +111,8 @@ class FleetLearner:
 
     Args:
         policies: One policy a robot, of one architecture; they are copied.
-        demonstrations: One batch of padded episodes a robot ([E, T, Do] and so on; E and T may differ).
+        demonstrations: One batch of padded episodes a robot ([E, T, Do] and so on; E and T may differ), with pictures
+            for policies that see.
         config: Optimisation.
         seed: Seed of the draws.
         device: Where to train.
@@ -95,15 +146,22 @@ class FleetLearner:
                 )
             if not len(batch.observations):
                 raise UserError(f"robot {robot} has no demonstrations")
+            seen = tuple(batch.images.shape[2:]) if isinstance(batch, ImageBatch) else None
+            size = self.stack.config.get("image_size")
+            if seen != (None if size is None else (size, size, 3)):
+                raise UserError(
+                    f"robot {robot}: demonstrations have pictures of shape {seen}, its policy has image_size={size}"
+                )
         for name, value in self.stack.state_dict().items():
             if not torch.isfinite(value).all():
                 bad = int(torch.nonzero(~torch.isfinite(value.flatten(1)).all(1))[0])
                 raise UserError(f"robot {bad}: weights {name.replace('/', '.')!r} are not finite")
-        self.observations, self.actions, self.mask = (
+        self.inputs = tuple(self._stacked(parts).to(device) for parts in zip(*map(inputs, demonstrations)))
+        self.actions, self.mask = (
             self._stacked([getattr(batch, field) for batch in demonstrations]).to(device)
-            for field in ("observations", "actions", "mask")
+            for field in ("actions", "mask")
         )
-        if not (torch.isfinite(self.observations).all() and torch.isfinite(self.actions).all()):
+        if not (torch.isfinite(self.inputs[0]).all() and torch.isfinite(self.actions).all()):
             raise UserError("the demonstrations hold values that are not finite")
         self.episodes = torch.tensor([len(batch.observations) for batch in demonstrations])
         self.optimizer = torch.optim.Adam(self.stack.parameters(), lr=config.learning_rate, foreach=True)
@@ -127,8 +185,8 @@ class FleetLearner:
         low, high = self.config.final_learning_rate, self.config.learning_rate
         return low + 0.5 * (high - low) * (1 + float(np.cos(np.pi * share)))
 
-    def _draw(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Episodes for the next step: [N, B, T, ...] each, T cut to the longest drawn."""
+    def _draw(self) -> tuple[tuple[Tensor, ...], Tensor, Tensor]:
+        """Inputs, actions and mask of the next step's episodes: [N, B, T, ...] each, T cut to the longest drawn."""
         robots = len(self.episodes)
         rng = torch_generator("imitation", self.seed, self.step_count)
         uniform = torch.rand((robots, self.config.batch_size), generator=rng)
@@ -136,7 +194,8 @@ class FleetLearner:
         rows = torch.arange(robots, device=self.device)[:, None]
         mask = self.mask[rows, index]
         longest = int(mask.sum(-1).max())
-        return self.observations[rows, index, :longest], self.actions[rows, index, :longest], mask[..., :longest]
+        drawn = tuple(tensor[rows, index, :longest] for tensor in self.inputs)
+        return drawn, self.actions[rows, index, :longest], mask[..., :longest]
 
     def train(self, steps: int) -> Tensor:
         """Takes gradient steps.
@@ -152,11 +211,11 @@ class FleetLearner:
         """
         loss = torch.zeros(len(self.episodes))
         for _ in range(steps):
-            observations, actions, mask = self._draw()
+            draw = self._draw()
             for group in self.optimizer.param_groups:
                 group["lr"] = self.learning_rate(self.step_count)
             self.optimizer.zero_grad(set_to_none=True)
-            loss = self._backward(observations, actions, mask)
+            loss = self._backward(*draw)
             self._hold()
             self._clip()
             self.optimizer.step()
@@ -166,28 +225,29 @@ class FleetLearner:
             raise UserError(f"the loss of robot(s) {bad} is not finite at step {self.step_count}; lower learning_rate")
         return loss.detach().cpu()
 
-    def _backward(self, observations: Tensor, actions: Tensor, mask: Tensor) -> Tensor:
+    def _backward(self, drawn: tuple[Tensor, ...], actions: Tensor, mask: Tensor) -> Tensor:
         """Adds the gradient of a draw, tensors [N, B, T, ...], to the parameters; returns each robot's loss, [N]."""
         robots, batch = mask.shape[:2]
         if len(self.stack) < robots or len(self.stack) == 1 and batch > _EPISODES:
-            return self._backward_together(observations, actions, mask)
+            return self._backward_together(drawn, actions, mask)
         size = sum(value[0].numel() for value in self.stack.parameters())
         at_once = max(1, _WEIGHTS // size)
         losses = []
         for first in range(0, robots, at_once):
             rows = slice(first, first + at_once)
             longest = int(mask[rows].sum(-1).max())
-            prediction = self.stack(observations[rows, :, :longest], rows if at_once < robots else None)
+            own = [tensor[rows, :, :longest] for tensor in drawn]
+            prediction = self.stack(*own, rows=rows if at_once < robots else None)
             loss = masked_mse(prediction, actions[rows, :, :longest], mask[rows, :, :longest])
             # The sum keeps robots apart: each one's gradient is that of its own loss.
             loss.sum().backward()
             losses.append(loss.detach())
         return torch.cat(losses)
 
-    def _backward_together(self, observations: Tensor, actions: Tensor, mask: Tensor) -> Tensor:
+    def _backward_together(self, drawn: tuple[Tensor, ...], actions: Tensor, mask: Tensor) -> Tensor:
         """``_backward`` where all share one policy: the gradient is that of the mean of the robots' losses."""
         robots, batch = mask.shape[:2]
-        observations, actions, mask = (tensor.flatten(0, 1) for tensor in (observations, actions, mask))
+        *drawn, actions, mask = (tensor.flatten(0, 1) for tensor in (*drawn, actions, mask))
         lengths = mask.sum(-1)
         # Episodes of about one length go together, whosesoever they are: little is computed beyond an episode's end.
         longest_first = torch.argsort(lengths, descending=True, stable=True)
@@ -196,7 +256,7 @@ class FleetLearner:
         losses = torch.zeros(robots, device=mask.device)
         for rows in longest_first.tensor_split(-(-len(mask) // _EPISODES)):
             longest = int(lengths[rows].max())
-            prediction = self.stack(observations[rows, :longest][None])[0]
+            prediction = self.stack(*(tensor[rows, :longest][None] for tensor in drawn))[0]
             error = (prediction - actions[rows, :longest]).square().mean(-1) * mask[rows, :longest]
             share = error.sum(-1) * weight[owner[rows]]
             (share.sum() / robots).backward()

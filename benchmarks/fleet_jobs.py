@@ -14,12 +14,13 @@ import gymnasium as gym
 import numpy as np
 import torch
 
-from fleetgym.agents.imitation import FleetLearner, ImitationConfig
-from fleetgym.agents.networks import META_WORLD_DIFFERENCES, RecurrentPolicy, features, masked_mse
+from fleetgym.agents.imitation import FleetLearner, ImageBatch, ImitationConfig, inputs
+from fleetgym.agents.networks import META_WORLD_DIFFERENCES, ImagePolicy, RecurrentPolicy, features, masked_mse
 from fleetgym.benchmarks.fleet_presets import JOBS, MERGES, OWN_OPTIMIZER, Preset, label, partition
 from fleetgym.core.demonstrations import Demonstrations, SequenceBatch, Statistics
 from fleetgym.core.errors import UserError
 from fleetgym.core.files import write_json
+from fleetgym.core.policy import Policy
 from fleetgym.core.records import EvalRecord
 from fleetgym.core.rollout import collect, evaluate
 from fleetgym.core.run import Run
@@ -31,6 +32,10 @@ from fleetgym.merging import MERGERS, interpolate, merge
 # Seeds of demonstrations, of the final evaluation and of the learning curve never meet; besides, the environment draws
 # the goals of the last two from the held-out half of its goal space.
 EVALUATION_SEED, CURVE_SEED = 1_000_000, 2_000_000
+CAMERA = "table"
+"""What a policy that sees looks through: one fixed view of the whole table, the same in all tasks."""
+PROPRIOCEPTION = 4
+"""So many of Meta-World's numbers a policy that sees still has: position of the hand [3], opening of the gripper."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +58,68 @@ class _Lasting(gym.Wrapper):
         """Does nothing."""
 
 
+def world(preset: Preset, task: str, **options: Any) -> gym.Env:
+    """The environment of a task as a preset observes it.
+
+    Args:
+        preset: Where its policies see, observations are mappings of ``state``, the numbers of Meta-World, and
+            ``pixels``, [S, S, 3] uint8.
+        task: The task.
+        **options: Of ``EnvSuite.make``.
+
+    Raises:
+        UserError: See ``EnvSuite.make``; or pictures where nothing can draw them.
+    """
+    worlds = suite("meta_world")
+    if not preset.sees:
+        return worlds.make(task, **options)
+    size = (preset.image_size, preset.image_size)
+    made = worlds.make(task, "rgb_array", camera_name=CAMERA, render_size=size, **options)
+    return gym.wrappers.AddRenderObservation(made, render_only=False)
+
+
+class Sight(gym.ObservationWrapper):
+    """Leaves of Meta-World's numbers only the first :data:`PROPRIOCEPTION`, and the one-hot behind them.
+
+    Args:
+        env: An environment of :func:`world` with pictures.
+        tasks: Length of the one-hot.
+    """
+
+    def __init__(self, env: gym.Env, tasks: int) -> None:
+        super().__init__(env)
+        whole = env.observation_space["state"]
+        size = whole.shape[0]
+        self.kept = np.r_[:PROPRIOCEPTION, size - tasks : size]
+        state = gym.spaces.Box(whole.low[self.kept], whole.high[self.kept], dtype=whole.dtype)
+        self.observation_space = gym.spaces.Dict({**env.observation_space.spaces, "state": state})
+
+    def observation(self, observation: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Cuts ``state``."""
+        return {**observation, "state": observation["state"][self.kept]}
+
+
+def evaluation_world(preset: Preset, task: str) -> gym.Env:
+    """The environment of a task on held-out goals, as a preset's policies observe it.
+
+    Raises:
+        UserError: See :func:`world`.
+    """
+    made = world(preset, task, goals="held_out", task_set=preset.task_names)
+    return Sight(made, len(preset.task_names)) if preset.sees else made
+
+
+class _Reader:
+    """An expert in a world with pictures: it reads the numbers beside them."""
+
+    def __init__(self, expert: Policy) -> None:
+        self.expert = expert
+
+    def predict(self, observation: dict[str, np.ndarray], *rest: Any, **options: Any) -> tuple[np.ndarray, Any]:
+        """The expert's action."""
+        return self.expert.predict(observation["state"], *rest, **options)
+
+
 class Fleet:
     """The robots of one seed: tasks, demonstrations, initial policies.
 
@@ -67,7 +134,6 @@ class Fleet:
 
     def __init__(self, preset: Preset, folder: Path, seed: int) -> None:
         self.preset, self.seed = preset, seed
-        self.suite = suite("meta_world")
         self.tasks = list(preset.task_names)
         hands = partition(preset, seed)
         self.robots = [tuple(self.tasks[k] for k in hand) for hand in hands]
@@ -82,15 +148,26 @@ class Fleet:
                 own = episodes[k][given[k] : given[k] + preset.demonstrations]
                 given[k] += preset.demonstrations
                 # Demonstrations show the plain 39 numbers; the policy also sees which task it is on.
-                parts.append(self._with_task(own.padded(), k))
-            self.data.append(SequenceBatch.concatenate(parts))
-        self.differences = META_WORLD_DIFFERENCES
+                parts.append(self._with_task(self._seen(own), k))
+            self.data.append(self.together(parts))
+        self.differences = () if preset.sees else META_WORLD_DIFFERENCES
         self.statistics = Statistics.pool(
             [
                 Statistics.of(features(batch.observations[batch.mask].double(), self.differences).numpy(), floor=1e-3)
                 for batch in self.data
             ]
         )
+
+    def _seen(self, demonstrations: Demonstrations) -> SequenceBatch:
+        """Episodes as the policies see them, without the one-hot."""
+        if not self.preset.sees:
+            return demonstrations.padded()
+        batch = ImageBatch.of(demonstrations)
+        return dataclasses.replace(batch, observations=batch.observations[..., :PROPRIOCEPTION])
+
+    def together(self, batches: Sequence[SequenceBatch]) -> SequenceBatch:
+        """All sequences of several robots' (or tasks') batches."""
+        return (ImageBatch if self.preset.sees else SequenceBatch).concatenate(batches)
 
     def _with_task(self, batch: SequenceBatch, k: int) -> SequenceBatch:
         one_hot = torch.zeros(*batch.mask.shape, len(self.tasks))
@@ -100,16 +177,15 @@ class Fleet:
     def _world(self, task: str) -> gym.Env:
         """The evaluation environment of a task, made once: making one costs more than an episode in it."""
         if task not in self._worlds:
-            made = self.suite.make(task, goals="held_out", task_set=self.tasks)
-            self._worlds[task] = _Lasting(made)
+            self._worlds[task] = _Lasting(evaluation_world(self.preset, task))
         return self._worlds[task]
 
     @property
     def data_bytes(self) -> int:
-        """Bytes of one robot's demonstrations as float32: the 39 observed numbers and the action of each step."""
+        """Bytes of one robot's demonstrations: numbers and actions as float32, and the bytes of the pictures."""
         steps = sum(int(batch.mask.sum()) for batch in self.data) / len(self.data)
         size = self.data[0].observations.shape[-1] - len(self.tasks) + self.data[0].actions.shape[-1]
-        return round(4 * steps * size)
+        return round(steps * (4 * size + 3 * self.preset.image_size**2 * self.preset.sees))
 
     def checkpoint_name(self, robot: int) -> str:
         """What the checkpoint of a robot trained alone is called: its number, and its task if it has one only."""
@@ -123,14 +199,12 @@ class Fleet:
     def policy(self, robot: int) -> RecurrentPolicy:
         """Robot ``robot``'s policy before training: random weights (its own or common ones), the fleet's statistics."""
         torch.manual_seed(self.seed * 100_003 + (robot if self.preset.initial == "different" else 0))
-        policy = RecurrentPolicy(
-            self.data[0].observations.shape[-1],
-            self.data[0].actions.shape[-1],
-            cell=self.preset.cell,
-            hidden=self.preset.hidden,
-            layers=self.preset.layers,
-            differences=self.differences,
-        )
+        options = {"cell": self.preset.cell, "hidden": self.preset.hidden, "layers": self.preset.layers}
+        sizes = self.data[0].observations.shape[-1], self.data[0].actions.shape[-1]
+        if self.preset.sees:
+            policy: RecurrentPolicy = ImagePolicy(*sizes, image_size=self.preset.image_size, **options)
+        else:
+            policy = RecurrentPolicy(*sizes, differences=self.differences, **options)
         policy.normaliser.mean.copy_(torch.as_tensor(self.statistics.mean))
         policy.normaliser.std.copy_(torch.as_tensor(self.statistics.std))
         return policy
@@ -166,12 +240,13 @@ def collect_task(preset: Preset, folder: str, seed: int, task: str) -> str:
                 return task
         except UserError:
             pass  # half a dataset of an interrupted run: collect it again
+    expert = worlds.expert(task)
     wanted = preset.robots_per_task * preset.demonstrations
     # A quarter more than needed makes up for the expert's failures on most tasks.
     for number in (wanted + -(-wanted // 4), 2 * wanted, 4 * wanted):
         found = collect(
-            worlds.expert(task),
-            worlds.make_fn(task, goals="train"),
+            _Reader(expert) if preset.sees else expert,
+            functools.partial(world, preset, task, goals="train"),
             range(seed * 10_000, seed * 10_000 + number),
             dataset=path,
             overwrite=True,
@@ -236,7 +311,7 @@ def train(job: Job, fleet: Fleet, run: Run, report: Callable[[int, str], None]) 
     robots = len(fleet.robots)
     batch = preset.batch_size * preset.tasks_each
     policies = [fleet.policy(k) for k in range(robots)]
-    spec = WeightSpec.from_module(policies[0])
+    spec = WeightSpec.from_module(policies[0], policies[0].example())
     config = ImitationConfig(
         steps=preset.steps,
         batch_size=batch,
@@ -247,7 +322,7 @@ def train(job: Job, fleet: Fleet, run: Run, report: Callable[[int, str], None]) 
     if job.kind == "joint":
         # As many episodes a step as the whole fleet draws, but into one policy.
         config = dataclasses.replace(config, batch_size=batch * robots)
-        everything = SequenceBatch.concatenate(fleet.data)
+        everything = fleet.together(fleet.data)
         learner = FleetLearner(policies[:1], [everything], config, seed=job.seed, device=job.device)
     else:
         learner = FleetLearner(policies, fleet.data, config, seed=job.seed, device=job.device)
@@ -367,7 +442,8 @@ def _record_alone(job: Job, fleet: Fleet, run: Run, trained: Trained) -> None:
     _record(job, "alone_all", EvalRecord.concatenate(every, task=every[0].task), trained)
 
     began = time.process_time()
-    merged = merge("fleet_merge", trained.policies, matcher=preset.matcher)
+    example = trained.policies[0].example()
+    merged = merge("fleet_merge", trained.policies, example_input=example, matcher=preset.matcher)
     cost = time.process_time() - began
     policy = merged.module()
     once = dataclasses.replace(
@@ -405,9 +481,9 @@ def interpolation(job: Job, fleet: Fleet, policies: Sequence[RecurrentPolicy]) -
     """
     indices = fleet.pair()
     pair = [policies[i] for i in indices]
-    aligned = merge("fleet_merge", pair, matcher=job.preset.matcher).aligned
+    aligned = merge("fleet_merge", pair, example_input=pair[0].example(), matcher=job.preset.matcher).aligned
     ends = [policy.state_dict() for policy in pair]
-    both = SequenceBatch.concatenate([fleet.data[i] for i in indices])
+    both = fleet.together([fleet.data[i] for i in indices])
     first, second = (fleet.robots[i] for i in indices)
     other = next((task for task in second if task not in first), None)
     tasks = [first[0], other] if other else list(first[:2])
@@ -420,7 +496,7 @@ def interpolation(job: Job, fleet: Fleet, policies: Sequence[RecurrentPolicy]) -
         for number, lam in enumerate(lambdas):
             policy = fleet.policy(0)
             policy.load_state_dict(interpolate(a, b, float(lam)))
-            loss.append(float(masked_mse(policy(both.observations)[0], both.actions, both.mask)))
+            loss.append(float(masked_mse(policy(*inputs(both))[0], both.actions, both.mask)))
             wanted = number in measured
             success.append(fleet.evaluate(policy, tasks, 5, CURVE_SEED).success if wanted else None)
         barriers = {"loss_barrier": barrier(lambdas, loss, 1), "success_barrier": barrier(lambdas, success, -1)}

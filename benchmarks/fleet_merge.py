@@ -77,7 +77,7 @@ class Args:
     """Robots that never share data, merged into one policy: trains, evaluates and writes a leaderboard."""
 
     preset: str = "quick"
-    """quick (5 tasks), mt10 or mt50."""
+    """quick (5 tasks), quick_image (3 tasks, pictures), mt10 or mt50."""
     seeds: tuple[int, ...] = (0,)
     """Training seeds."""
     out: Path | None = None

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from fleetgym.benchmarks.fleet_jobs import EVALUATION_SEED, record_path
+import gymnasium as gym
+
+from fleetgym.benchmarks.fleet_jobs import CAMERA, EVALUATION_SEED, PROPRIOCEPTION, evaluation_world, record_path
 from fleetgym.benchmarks.fleet_presets import ALL, ALL_METHODS, METHODS, PRESETS, Preset
 from fleetgym.core.checkpoint import Checkpoint
 from fleetgym.core.errors import UserError
@@ -19,6 +22,15 @@ from fleetgym.envs import suite
 def merged_policy(folder: Path, seed: int) -> Path:
     """Where the checkpoint of the policy merged in rounds lies."""
     return folder / "training" / f"seed{seed}" / "fleet_merge_rounds" / "checkpoints" / "last"
+
+
+def _filmed(preset: Preset, task: str) -> gym.Env:
+    """The evaluation environment of a task, with pictures: those that the policy sees, if it does."""
+    if preset.sees:
+        return evaluation_world(preset, task)
+    return suite("meta_world").make(
+        task, "rgb_array", goals="held_out", task_set=preset.task_names, width=192, height=192
+    )
 
 
 def film(folder: Path, preset: Preset, seed: int, max_steps: int = 120, tasks: int = 6) -> str | None:
@@ -40,17 +52,20 @@ def film(folder: Path, preset: Preset, seed: int, max_steps: int = 120, tasks: i
         print(f"no film: {NO_GL_HELP}")
         return None
     policy = Checkpoint.load(merged_policy(folder, seed)).module()
-    worlds = suite("meta_world")
     names = preset.task_names[:tasks]
     films = []
     for name in names:
-        make = worlds.make_fn(
-            name, goals="held_out", task_set=preset.task_names, render_mode="rgb_array", width=192, height=192
-        )
         episode = rollout(
-            policy, make, [EVALUATION_SEED], max_steps=max_steps, stop_on_success=True, render=2, record=False
+            policy,
+            functools.partial(_filmed, preset, name),
+            [EVALUATION_SEED],
+            max_steps=max_steps,
+            stop_on_success=True,
+            render=2,
+            record=False,
         )[0]
-        films.append(episode.frames)
+        larger = max(1, 192 // len(episode.frames[0]))  # what a policy sees is shown pixel by pixel
+        films.append([frame.repeat(larger, 0).repeat(larger, 1) for frame in episode.frames])
     # The last frame stays for a moment before the film begins again.
     frames = list(grid_video([[*frames, *frames[-1:] * 10] for frames in films]))
     write_video(folder / "film.mp4", frames, fps=20)
@@ -66,7 +81,7 @@ def command_options(preset: Preset, name: str) -> str:
 
 
 def describe(preset: Preset) -> str:
-    """Who has what, and what is sent, in two sentences."""
+    """Who has what, and what is sent, in two sentences; a third where policies see."""
     tasks, each = len(preset.task_names), preset.tasks_each
     what = f"{preset.demonstrations} demonstrations of one task"
     if preset.tasks_per_robot == ALL:
@@ -78,9 +93,16 @@ def describe(preset: Preset) -> str:
     sent = f"every {spell} they send weights"
     if preset.optimizer == "server":
         sent = f"they send weights after {preset.warmup} gradient steps, and at each later step a gradient"
+    seen = ""
+    if preset.sees:
+        side = preset.image_size
+        seen = (
+            f" They see a picture of {side} x {side} pixels by the camera {CAMERA}, and {PROPRIOCEPTION} numbers: the "
+            "position of the hand and the opening of the gripper."
+        )
     return (
         f"{preset.robots} robots on {tasks} task{'s' * (tasks != 1)}, each with {what} and random initial weights "
-        f"{whose}, never share data: {sent}, which are merged into one policy for all tasks."
+        f"{whose}, never share data: {sent}, which are merged into one policy for all tasks.{seen}"
     )
 
 

@@ -7,14 +7,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from fleetgym.agents.networks import CELLS
+from fleetgym.agents.networks import CELLS, convolved
 from fleetgym.core.errors import UserError, unknown
+from fleetgym.core.render import NO_GL_HELP, choose_gl
 from fleetgym.core.seeding import generator
 from fleetgym.envs import suite
 from fleetgym.merging import MATCHERS
 
 OPTIMIZERS = ("robot", "server")
 INITIALS = ("different", "same")
+OBSERVATIONS = ("state", "image")
 ALL = "all"
 
 
@@ -33,6 +35,12 @@ class Preset:
     """Successful demonstrations that a robot has of each of its tasks."""
     noise: float = 0.1
     """Standard deviation of the noise on the expert's executed actions in every second demonstration."""
+    observation: str = "state"
+    """What a policy sees besides the task's one-hot: ``state``, Meta-World's 39 numbers and three offsets made of them,
+    or ``image``, a picture by the camera ``table`` and four numbers: the position of the hand and the opening of the
+    gripper."""
+    image_size: int = 48
+    """Pixels a side of the picture."""
     cell: str = "gru"
     """Core of the policy: gru, lstm, rnn or mlp."""
     hidden: int = 64
@@ -71,9 +79,11 @@ class Preset:
     """Places on the line between two robots' weights where success is measured, the ends included; at most 11."""
 
     def __post_init__(self) -> None:
-        for name, options in (("optimizer", OPTIMIZERS), ("initial", INITIALS), ("cell", CELLS)):
+        known = {"optimizer": OPTIMIZERS, "initial": INITIALS, "cell": CELLS, "observation": OBSERVATIONS}
+        for name, options in known.items():
             if getattr(self, name) not in options:
                 raise unknown(name, getattr(self, name), options)
+        convolved(self.image_size)
         least = dict.fromkeys(("warmup", "rounds", "noise", "proximal"), 0)
         least |= dict.fromkeys(
             ("robots_per_task", "demonstrations", "hidden", "layers", "batch_size", "local_steps"), 1
@@ -142,15 +152,22 @@ class Preset:
         """Gradient steps of every method."""
         return self.warmup + self.rounds * self.local_steps
 
+    @property
+    def sees(self) -> bool:
+        """Whether the policies see pictures."""
+        return self.observation == "image"
+
     def check(self) -> None:
         """Says before any work what only other parts know to be wrong.
 
         Raises:
-            UserError: Unknown tasks or matcher, or a partition that cannot be.
+            UserError: Unknown tasks or matcher, a partition that cannot be, or pictures where nothing can draw them.
         """
         self.robots  # noqa: B018
         if self.matcher not in MATCHERS:
             raise unknown("matcher", self.matcher, MATCHERS.names())
+        if self.sees and choose_gl() == "disable":
+            raise UserError(f"observation=image: cannot draw pictures: {NO_GL_HELP}; or use observation=state")
 
 
 def partition(preset: Preset, seed: int) -> list[tuple[int, ...]]:
@@ -189,6 +206,16 @@ def partition(preset: Preset, seed: int) -> list[tuple[int, ...]]:
 
 PRESETS = {
     "quick": Preset(),
+    "quick_image": Preset(
+        observation="image",
+        tasks="button-press-topdown-v3,drawer-open-v3,window-close-v3",
+        robots_per_task=2,
+        demonstrations=10,
+        rounds=40,
+        max_steps=150,
+        curve_points=2,
+        curve_episodes=2,
+    ),
     "mt10": Preset(tasks="mt10", robots_per_task=2, rounds=150),
     "mt50": Preset(
         tasks="mt50",

@@ -144,7 +144,8 @@ def sweep(
 def share_demonstrations(folder: Path, place: Path, preset: Preset, seed: int) -> None:
     """Lets combinations with the same demonstrations collect them once: theirs is a link to a common folder."""
     count = preset.robots_per_task * preset.demonstrations
-    common = folder / "demonstrations" / f"noise{preset.noise:g}-{count}" / f"seed{seed}"
+    seen = f"-{preset.image_size}px" if preset.sees else ""
+    common = folder / "demonstrations" / f"noise{preset.noise:g}-{count}{seen}" / f"seed{seed}"
     link = place / "training" / f"seed{seed}" / "demonstrations"
     common.mkdir(parents=True, exist_ok=True)
     link.parent.mkdir(parents=True, exist_ok=True)
