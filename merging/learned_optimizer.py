@@ -154,9 +154,10 @@ class LearnedOptimizer(UpdateRule):
         spec: Symmetry of the network that will be trained; its buffers are left out.
         kind: The last layer: ``unf`` (complete basis), ``nfn`` (feed-forward chains only) or ``deepset`` (pointwise).
         symmetry: What f is equivariant to, of permutations (not of signs). ``np``: hidden units, and inputs and
-            outputs as if they had no order either, as in the paper; heads of attention are not kept together. ``hidden``: what is a symmetry of the function; other axes are folded into
-            channels, which takes more parameters. ``full``: ``np``, and the rest of the fixed axes (positions in the
-            filters of a convolution, rows of an embedding) each as a group of its own, which takes the fewest.
+            outputs as if they had no order either, as in the paper; heads of attention are not kept together.
+            ``hidden``: what is a symmetry of the function; other axes are folded into channels, which takes more
+            parameters. ``full``: ``np``, and the rest of the fixed axes (positions in the filters of a convolution,
+            rows of an embedding) each as a group of its own, which takes the fewest.
         hidden: Channels of the trunk.
         scale: ``tensor`` divides each of the first 8 features by its root mean square over a tensor, so that what
             f says does not depend on the scale of the loss; ``none`` gives them as they are.
