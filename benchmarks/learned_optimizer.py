@@ -486,7 +486,7 @@ def tuned_adam(task: InnerTask, settings: Settings) -> tuple[Adam, dict[str, Any
     return Adam(task.spec, **best), facts
 
 
-def measure(rule: UpdateRule, task: InnerTask, settings: Settings, **facts: Any) -> dict[str, Any]:
+def measure(rule: UpdateRule, task: InnerTask, settings: Settings, /, **facts: Any) -> dict[str, Any]:
     """A row of results: how a rule trains networks of a task.
 
     Args:
