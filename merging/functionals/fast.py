@@ -512,13 +512,16 @@ class _Pass:
         shifts = [None] * len(into)
         if bias is not None and bias_at is None:
             shifts = list(bias.split([fold * width for fold in target.folds]))
-        self.first: list[tuple[list[Tensor], list[list[Tensor]], Tensor | None]] = []
+        self.first: list[tuple[list[Tensor], list[list[Tensor]], Tensor | None, bool]] = []
         self.last: list[tuple[list[Tensor], list[Tensor]]] = []
         for part, (view, found) in enumerate(zip(into, target.rest)):
             plain = tuple(range(len(target.sizes[part])))
-            self.first.append(
-                (_cut(view, pieces), [_cut(ends[at], pieces) for at in found.get(plain, ())], shifts[part])
+            places = found.get(plain, ())
+            # Whether the first two together vary along all axes, so that their sum can be written in one go.
+            full = len(places) > 1 and (
+                torch.broadcast_shapes(*(ends[at].shape[1:-1] for at in places[:2])) == view.shape[1:-1]
             )
+            self.first.append((_cut(view, pieces), [_cut(ends[at], pieces) for at in places], shifts[part], full))
             for pattern, places in found.items():
                 if pattern != plain:
                     for p, i in places:
@@ -553,15 +556,15 @@ class _Pass:
                 torch.addmm(bias, operand[n], weight, out=result[n])
         for host, small in self.additions:
             host[n].add_(small[n])
-        for view, found, shift in self.first:
-            if len(found) > 1:
+        for view, found, shift, full in self.first:
+            if full:
                 torch.add(found[0][n], found[1][n], out=view[n])
-                for more in found[2:]:
-                    view[n].add_(more[n])
             elif found:
                 view[n].copy_(found[0][n])
             else:
                 view[n].zero_()
+            for more in found[2 if full else 1 :]:
+                view[n].add_(more[n])
             if shift is not None:
                 view[n].add_(shift)
         made: dict[tuple[int, int], Tensor] = {}
@@ -724,6 +727,7 @@ class _Normal:
         self.scale = None if scale is None else norm.spread(scale)
         self.shift = None if shift is None else norm.spread(shift)
         self.sums = None if scale is None else (data.new_zeros(data.shape[1:]), data.new_zeros(data.shape[1:]))
+        self.scratch: tuple[Tensor, Tensor] | None = None
 
     def forward(self, x: Tensor, out: Tensor, mean: Tensor, rstd: Tensor) -> None:
         """[N, P, C] -> ``out``; writes the mean and the inverse standard deviation, [N, P, 1]."""
@@ -743,18 +747,29 @@ class _Normal:
     def backward(self, gradient: Tensor, x: Tensor, mean: Tensor, rstd: Tensor) -> Tensor:
         """The gradient with respect to x, [N, P, C]; those of scale and shift add up."""
         if self.norm.activation is not None or self.scale is not None:
-            normal = (x - mean).mul_(rstd)
+            if self.scratch is None:
+                self.scratch = torch.empty_like(x), torch.empty_like(x)
+            normal, other = (scratch[: len(x)] for scratch in self.scratch)
+            torch.sub(x, mean, out=normal).mul_(rstd)
             if self.norm.activation is not None:
-                inner = normal if self.scale is None else torch.addcmul(self.shift, normal, self.scale)
+                inner = normal if self.scale is None else torch.addcmul(self.shift, normal, self.scale, out=other)
                 gradient = ACTIVATIONS[self.norm.activation][1](gradient, inner)
             if self.scale is not None:
-                self.sums[1].add_(gradient.sum(0))
-                self.sums[0].add_(normal.mul_(gradient).sum(0))
-                gradient = gradient * self.scale
+                self._add(self.sums[1], gradient)
+                self._add(self.sums[0], normal.mul_(gradient))
+                gradient = torch.mul(gradient, self.scale, out=other)
         channels = list(x.shape[-1:])
         return torch.ops.aten.native_layer_norm_backward(
             gradient, x, channels, mean, rstd, None, None, [True, False, False]
         )[0]
+
+    @staticmethod
+    def _add(total: Tensor, piece: Tensor) -> None:
+        if total.numel() < 1 << 14:
+            total.add_(piece.sum(0))
+            return
+        for row in piece.unbind(0):  # keeps the total in the cache, and makes no other tensor
+            total.add_(row)
 
     def finish(self) -> tuple[Tensor | None, Tensor | None]:
         """Gradients of scale and shift, [rows, C]."""
