@@ -213,3 +213,16 @@ def test_block_under_transforms_and_twice_differentiated(monkeypatch):
     own = [torch.stack([value, 2 * value]).detach() for value in names.values()]
     both = vmap(function, (None, *(0 for _ in own)))(x.detach(), *own)
     torch.testing.assert_close(both[1], function(x, *(2 * value for value in names.values())))
+
+
+@pytest.mark.parametrize("platform", ["linux", "darwin"])
+def test_fresh_tensors_are_like_new_ones(monkeypatch, platform):
+    if platform == "linux" and fast._advise() is None:
+        pytest.skip("the C library here has no madvise")
+    monkeypatch.setattr(fast, "HUGE", 0)
+    if platform != "linux":
+        monkeypatch.setattr(fast, "_advise", lambda: None)
+    for count in (1, 1000, 3 << 20):
+        made = fast.fresh(torch.zeros(1, dtype=torch.float64), 2, count)
+        assert made.shape == (2, count) and made.dtype == torch.float64
+        assert made.fill_(1.0).sum().item() == 2 * count
