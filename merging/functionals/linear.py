@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from fleetgym.core import UserError, WeightSpec
 from fleetgym.core.errors import unknown
+from fleetgym.merging.functionals import fast
 from fleetgym.merging.functionals.batch import WeightBatch
 from fleetgym.merging.functionals.layout import Layout
 from fleetgym.merging.functionals.partitions import Plan, Reduction, Target
@@ -96,7 +97,7 @@ class _Grouped(nn.Module):
         return x.replace(self._map(x.data))
 
     def _map(self, data: Tensor) -> Tensor:
-        return grouped(self.plan, data, list(self.weights), self.bias)
+        return fast.mapped(self.plan, data, list(self.weights), self.bias)
 
     def extra_repr(self) -> str:
         return f"{self.layout!r}, c_in={self.c_in}, c_out={self.c_out}, terms={self.terms}"
