@@ -220,10 +220,17 @@ class NFAttention(nn.Module):
             kept.append((q, k, v, _softmax(q, k)))
         return kept
 
+    def _cleared(self, out: Tensor) -> Tensor:
+        """Sets places to zero that belong to no group; all others are written before they are added to."""
+        for part, piece in zip(self.layout.parts, out.split(self._counts, -1)):
+            if not part.dims:
+                piece.zero_()
+        return out
+
     def _results(self, kept: list[Any], b: int) -> Tensor:
         """What the tokens get, [b, C, places]."""
         width = self.channels // self.heads
-        out = kept[0][0][0].new_zeros(b, self.heads, width, sum(self._counts))
+        out = self._cleared(self.weight.new_empty(b, self.heads, width, sum(self._counts)))
         for sets, (_, _, v, attention) in zip(self._groups, kept):
             for tokens, blocks in zip(sets, attention):
                 found = _total([_mix(a, y, tokens.rows) for a, y in zip(blocks, v)])
@@ -239,7 +246,7 @@ class NFAttention(nn.Module):
         """Gradients of queries, keys and values, [b, 3C, places], from those of the results, [b, C, places]."""
         b, width = len(grad), self.channels // self.heads
         grad = grad.view(1, b, self.heads, width, -1)
-        out = grad.new_zeros(b, 3, self.heads, width, grad.shape[-1])
+        out = self._cleared(grad.new_empty(b, 3, self.heads, width, grad.shape[-1]))
         spread = out.transpose(0, 1)
         for sets, found in zip(self._groups, kept):
             g = [_gather(grad, tokens)[0] for tokens in sets]
@@ -262,8 +269,7 @@ class NFAttention(nn.Module):
                 back, shift = self._maps(run.part, parameters)[2:]
                 piece.copy_((columns.mT @ back.mT + shift).view(piece.shape))
             else:
-                for target, source in zip(piece, columns):  # torch is slow at transposing more than two dimensions
-                    target.copy_(source.mT)
+                _transpose(piece, columns)
 
     def _backward_block(
         self,
@@ -288,7 +294,7 @@ class NFAttention(nn.Module):
                 to_shift += piece.sum((0, 1))
                 target.copy_(back.mT @ piece.mT)
             else:
-                target.copy_(piece.mT)
+                _transpose(target, piece)
         y = self._gradients(kept, columns)
         for run in self._runs:
             piece = y.narrow(2, run.start, run.places)
@@ -427,6 +433,12 @@ def _scatter(y: Tensor, z: Tensor, tokens: _Set) -> None:
         else:
             target += piece
         at += s.count
+
+
+def _transpose(target: Tensor, source: Tensor) -> None:
+    """Writes [b, n, m] into [b, m, n]: one by one, since torch is slow at transposing more than two dimensions."""
+    for to, this in zip(target, source):
+        to.copy_(this.mT)
 
 
 def _total(terms: Sequence[Tensor]) -> Tensor:
