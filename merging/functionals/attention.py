@@ -173,9 +173,7 @@ class NFAttention(nn.Module):
         if self.means:
             means = torch.stack([part.mean(3) for part in y.split(self._counts, 3)], 3)
             found = _attention(means)
-            out = out + torch.cat(
-                [one.expand(-1, -1, n, -1) for one, n in zip(found.split(1, 2), self._counts)], 2
-            )
+            out = out + torch.cat([one.expand(-1, -1, n, -1) for one, n in zip(found.split(1, 2), self._counts)], 2)
         columns = out.transpose(1, 2).flatten(2)  # [B, places, C]
         results = []
         for i, (part, piece) in enumerate(zip(parts, columns.split(self._counts, 1))):

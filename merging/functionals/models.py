@@ -7,7 +7,6 @@ beside means. Without them the differences between networks with many hidden uni
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -22,8 +21,8 @@ from fleetgym.merging.functionals.batch import WeightBatch
 from fleetgym.merging.functionals.encodings import FourierFeatures, IOEncoding, LearnedEncoding
 from fleetgym.merging.functionals.layout import Layout
 from fleetgym.merging.functionals.linear import NFLinear, UNFLinear
-from fleetgym.merging.functionals.norm import NFNorm
-from fleetgym.merging.functionals.pool import NFPool, QueryPool
+from fleetgym.merging.functionals.norm import NFBlock, NFNorm
+from fleetgym.merging.functionals.pool import NFPool
 
 HEADS = ("classifier", "regressor", "editor")
 
@@ -75,17 +74,21 @@ class Reader(nn.Module):
         Raises:
             UserError: It holds the weights of another network, or has other channels.
         """
-        if isinstance(x, WeightBatch) and x.layout is not self.layout and x.layout.shapes == self.layout.shapes:
-            x = x.replace(x.data) if x.layout == self.layout else _laid_out(x, self.layout)
+        if isinstance(x, WeightBatch) and x.layout != self.layout:
+            ours, theirs = self.layout.shapes, x.layout.shapes
+            if theirs == ours:
+                x = WeightBatch(self.layout, self.layout.gather(x.layout.scatter(x.data)))
+            elif missing := [key for key in ours if key not in theirs and key in x.layout.spec.axes]:
+                # A buffer along inputs, such as a policy's normaliser, is among the weights where inputs are free.
+                raise UserError(
+                    f"{type(self).__name__}: the batch has no {missing[0]!r}, which nothing moves in the spec that it "
+                    "was stacked with; stack the networks with the layout of the model"
+                )
         return WeightBatch.expect(x, self.layout, self.channels, type(self).__name__)
 
     def _standard(self, x: WeightBatch) -> WeightBatch:
         x = self.fitted(x)
         return x.replace((x.data - self.mean.to(x.data.dtype)) / self.std.to(x.data.dtype))
-
-
-def _laid_out(x: WeightBatch, layout: Layout) -> WeightBatch:
-    return WeightBatch(layout, layout.gather(x.layout.scatter(x.data)))
 
 
 class PooledHead(nn.Module):
@@ -212,10 +215,10 @@ def _stack(
     """Linear maps with normalisation and rectifiers behind them."""
     layers: list[nn.Module] = []
     for c_in, c_out in zip(sizes, sizes[1:]):
-        layers.append(linear(c_in, c_out))
-        # One channel normalised is zero.
-        layers += [NFNorm(layout, c_out)] if norm and c_out > 1 else []
-        layers.append(_Pointwise(nn.ReLU()))
+        if norm and c_out > 1:  # one channel normalised is zero
+            layers.append(NFBlock(linear(c_in, c_out), NFNorm(layout, c_out)))
+        else:
+            layers += [linear(c_in, c_out), _Pointwise(nn.ReLU())]
         layers += [_Pointwise(nn.Dropout(dropout))] if dropout else []
     return layers
 
