@@ -57,6 +57,19 @@ class _Set(NamedTuple):
         return sum(s.count for s in self.slices)
 
 
+class _Room:
+    """Memory that one block of networks leaves to the next: fresh pages cost as much as what is done with them."""
+
+    def __init__(self) -> None:
+        self._tensors: dict[Any, Tensor] = {}
+
+    def __call__(self, name: Any, like: Tensor, *shape: int) -> Tensor:
+        """What has this name, of the type of ``like``; its values are undefined."""
+        if name not in self._tensors or self._tensors[name].shape != shape:
+            self._tensors[name] = like.new_empty(shape)
+        return self._tensors[name]
+
+
 class NFAttention(nn.Module):
     """Self-attention over slices of weight tensors, along every group of units.
 
@@ -191,10 +204,10 @@ class NFAttention(nn.Module):
         room = _CACHE_BYTES if data.device.type == "cpu" else 2**28
         return max(1, room // (3 * self.channels * sum(self._counts) * data.element_size()))
 
-    def _project(self, data: Tensor, parameters: Sequence[Tensor]) -> Tensor:
+    def _project(self, data: Tensor, parameters: Sequence[Tensor], room: _Room) -> Tensor:
         """Queries, keys and values, [3, b, C, places]."""
         b, c = len(data), self.channels
-        out = data.new_empty(3, b, c, sum(self._counts))
+        out = room("projected", data, 3, b, c, sum(self._counts))
         for run in self._runs:
             weight, bias = self._maps(run.part, parameters)[:2]
             x = data.narrow(1, run.offset, run.length).reshape(b, run.places, -1).mT
@@ -204,13 +217,13 @@ class NFAttention(nn.Module):
                 torch.baddbmm(bias[rows, None], weight[rows].expand(b, -1, -1), x, out=target)
         return out
 
-    def _scores(self, y: Tensor) -> list[Any]:
+    def _scores(self, y: Tensor, room: _Room) -> list[Any]:
         """What attends to what: for each group of tokens queries, keys, values and attention, set by set."""
         b, width = y.shape[1], self.channels // self.heads
         y = y.view(3, b, self.heads, width, -1)
         kept: list[Any] = []
         for sets in self._groups:
-            q, k, v = zip(*(_gather(y, tokens).unbind(0) for tokens in sets))
+            q, k, v = zip(*(_gather(y, tokens, room).unbind(0) for tokens in sets))
             kept.append((q, k, v, _softmax(q, k)))
         if self.means:
             means = torch.stack([part.mean(-1) for part in y.split(self._counts, -1)], 3)
@@ -225,10 +238,10 @@ class NFAttention(nn.Module):
                 piece.zero_()
         return out
 
-    def _results(self, kept: list[Any], b: int) -> Tensor:
+    def _results(self, kept: list[Any], b: int, room: _Room) -> Tensor:
         """What the tokens get, [b, C, places]."""
         width = self.channels // self.heads
-        out = self._cleared(self.weight.new_empty(b, self.heads, width, sum(self._counts)))
+        out = self._cleared(room("results", self.weight, b, self.heads, width, sum(self._counts)))
         for sets, (_, _, v, attention) in zip(self._groups, kept):
             for tokens, blocks in zip(sets, attention):
                 found = _total([_mix(a, y, tokens.rows) for a, y in zip(blocks, v)])
@@ -240,26 +253,26 @@ class NFAttention(nn.Module):
                 piece += found[:, :, i, :, None]
         return out.flatten(1, 2)
 
-    def _gradients(self, kept: list[Any], grad: Tensor) -> Tensor:
+    def _gradients(self, kept: list[Any], grad: Tensor, room: _Room) -> Tensor:
         """Gradients of queries, keys and values, [b, 3C, places], from those of the results, [b, C, places]."""
         b, width = len(grad), self.channels // self.heads
         grad = grad.view(1, b, self.heads, width, -1)
-        out = self._cleared(grad.new_empty(b, 3, self.heads, width, grad.shape[-1]))
+        out = self._cleared(room("gradients", grad, b, 3, self.heads, width, grad.shape[-1]))
         spread = out.transpose(0, 1)
         for sets, found in zip(self._groups, kept):
-            g = [_gather(grad, tokens)[0] for tokens in sets]
-            for tokens, z in zip(sets, _back(*found, g, [tokens.rows for tokens in sets])):
+            g = [_gather(grad, tokens, room)[0] for tokens in sets]
+            for tokens, z in zip(sets, _back(*found, g, [tokens.rows for tokens in sets], room)):
                 _scatter(spread, z, tokens)
         if self.means:
             sums = torch.stack([part.sum(-1) for part in grad[0].split(self._counts, -1)], 2).flatten(0, 1)
-            (z,) = _back(*kept[-1], [sums], [True])
+            (z,) = _back(*kept[-1], [sums], [True], room)
             z = z.unflatten(1, (b, self.heads))
             for i, piece in enumerate(spread.split(self._counts, -1)):
                 piece += z[:, :, :, i, :, None] / piece.shape[-1]
         return out.flatten(1, 3)
 
-    def _forward_block(self, data: Tensor, parameters: Sequence[Tensor], out: Tensor) -> None:
-        results = self._results(self._scores(self._project(data, parameters)), len(data))
+    def _forward_block(self, data: Tensor, parameters: Sequence[Tensor], out: Tensor, room: _Room) -> None:
+        results = self._results(self._scores(self._project(data, parameters, room), room), len(data), room)
         for run in self._runs:
             columns = results.narrow(2, run.start, run.places)
             piece = out.narrow(1, run.offset, run.length)
@@ -276,12 +289,13 @@ class NFAttention(nn.Module):
         grad: Tensor,
         grad_data: Tensor | None,
         grad_parameters: Sequence[Tensor],
+        room: _Room,
     ) -> None:
         b = len(data)
-        kept = self._scores(self._project(data, parameters))
+        kept = self._scores(self._project(data, parameters, room), room)
         folded = any(run.fold > 1 for run in self._runs)
-        results = self._results(kept, b) if folded else None
-        columns = grad.new_empty(b, self.channels, sum(self._counts))
+        results = self._results(kept, b, room) if folded else None
+        columns = room("columns", grad, b, self.channels, sum(self._counts))
         for run in self._runs:
             piece = grad.narrow(1, run.offset, run.length).reshape(b, run.places, -1)
             target = columns.narrow(2, run.start, run.places)
@@ -293,7 +307,7 @@ class NFAttention(nn.Module):
                 target.copy_(back.mT @ piece.mT)
             else:
                 _transpose(target, piece)
-        y = self._gradients(kept, columns)
+        y = self._gradients(kept, columns, room)
         for run in self._runs:
             piece = y.narrow(2, run.start, run.places)
             weight = self._maps(run.part, parameters)[0]
@@ -317,8 +331,9 @@ class _Blocks(torch.autograd.Function):
         ctx.save_for_backward(data, *parameters)
         size = layer._block(data)
         out = torch.empty_like(data, memory_format=torch.contiguous_format)
+        room = _Room()
         for x, y in zip(data.split(size), out.split(size)):
-            layer._forward_block(x, parameters, y)
+            layer._forward_block(x, parameters, y, room)
         return out
 
     @staticmethod
@@ -335,8 +350,9 @@ class _Blocks(torch.autograd.Function):
         grad_data = torch.empty_like(data, memory_format=torch.contiguous_format) if wanted[0] else None
         size = layer._block(data)
         pieces = [None] * len(data) if grad_data is None else grad_data.split(size)
+        room = _Room()
         for x, g, d in zip(data.split(size), grad.split(size), pieces):
-            layer._backward_block(x, parameters, g, d, grad_parameters)
+            layer._backward_block(x, parameters, g, d, grad_parameters, room)
         return grad_data, None, *grad_parameters
 
 
@@ -398,15 +414,15 @@ def _attention(qkv: Tensor) -> Tensor:
     return (q @ k.mT / math.sqrt(q.shape[-1])).softmax(-1) @ v
 
 
-def _gather(y: Tensor, tokens: _Set) -> Tensor:
+def _gather(y: Tensor, tokens: _Set, room: _Room) -> Tensor:
     """The tokens of a set, [K, b h, T, c n], from [K, b, h, c, places]."""
     kinds, b, h, c, _ = y.shape
     n, total = tokens.n, tokens.count
     if tokens.rows:
-        out = y.new_empty(kinds, b, h, total, c, n)
+        out = room((tokens, kinds), y, kinds, b, h, total, c, n)
         pieces = out.permute(0, 1, 2, 4, 5, 3)
     else:
-        out = pieces = y.new_empty(kinds, b, h, c, n, total)
+        out = pieces = room((tokens, kinds), y, kinds, b, h, c, n, total)
     at = 0
     for s in tokens.slices:
         piece = y.narrow(4, s.start, s.places).view(kinds, b, h, c, s.before, n, s.after).transpose(4, 5)
@@ -467,6 +483,7 @@ def _back(
     attention: Sequence[tuple[Tensor, ...]],
     grads: Sequence[Tensor],
     forms: Sequence[bool],
+    room: _Room,
 ) -> list[Tensor]:
     """For each set the gradients of queries, keys and values, [3, b h, T, c n], from those of its results."""
     scale = 1 / math.sqrt(q[0].shape[-1])
@@ -479,7 +496,7 @@ def _back(
     out = []
     for i, rows in enumerate(forms):
         shape = q[i].shape if rows else q[i].mT.shape
-        z = q[i].new_empty(3, *shape)
+        z = room(("back", i, shape), q[i], 3, *shape)
         for j in sets:  # a first product is written, further ones are added
             terms = ((products[i][j], k[j]), (products[j][i].mT, q[j]), (attention[j][i].mT, grads[j]))
             for target, (a, y) in zip(z, terms):
