@@ -23,6 +23,7 @@ from fleetgym.agents.networks import RecurrentPolicy
 from fleetgym.core import Run, UserError
 from fleetgym.core.errors import unknown
 from fleetgym.core.files import atomic_write, write_json
+from fleetgym.core.optional import install_line
 from fleetgym.core.records import provenance
 from fleetgym.core.seeding import generator
 from fleetgym.merging.learned_optimizer import (
@@ -64,7 +65,7 @@ def digits() -> dict[str, tuple[Tensor, Tensor]]:
     try:
         from sklearn.datasets import load_digits
     except ImportError as error:
-        raise UserError("the digits come with scikit-learn; pip install scikit-learn") from error
+        raise UserError(f"the digits come with scikit-learn; {install_line('zoos')}") from error
 
     data = load_digits()
     order = generator("learned_optimizer", "digits").permutation(len(data.target))
@@ -110,7 +111,7 @@ def text() -> tuple[Tensor, int]:
     try:
         from sklearn import datasets
     except ImportError as error:
-        raise UserError("the text comes with scikit-learn; pip install scikit-learn") from error
+        raise UserError(f"the text comes with scikit-learn; {install_line('zoos')}") from error
 
     names = ("load_breast_cancer", "load_diabetes", "load_digits", "load_iris", "load_linnerud", "load_wine")
     words = " ".join(" ".join(getattr(datasets, name)().DESCR for name in names).lower().split())

@@ -47,7 +47,7 @@ PACKAGES = {
     "merging": ({"numpy", "torch", "scipy"}, {"numba"}),
     "benchmarks": (
         {"numpy", "torch", "gymnasium", "tyro"},
-        {"rich", "matplotlib", "PIL", "mujoco", "metaworld", "minigrid", "rebasin", "scipy"},
+        {"rich", "matplotlib", "PIL", "mlxtend", "mujoco", "metaworld", "minigrid", "nfn", "rebasin", "scipy", "sklearn"},
     ),
     "cli": ({"tyro"}, None),  # None: anything
     "root": (set(), set()),
