@@ -47,7 +47,19 @@ PACKAGES = {
     "merging": ({"numpy", "torch", "scipy"}, {"numba"}),
     "benchmarks": (
         {"numpy", "torch", "gymnasium", "tyro"},
-        {"rich", "matplotlib", "PIL", "mlxtend", "mujoco", "metaworld", "minigrid", "nfn", "rebasin", "scipy", "sklearn"},
+        {
+            "rich",
+            "matplotlib",
+            "PIL",
+            "mlxtend",
+            "mujoco",
+            "metaworld",
+            "minigrid",
+            "nfn",
+            "rebasin",
+            "scipy",
+            "sklearn",
+        },
     ),
     "cli": ({"tyro"}, None),  # None: anything
     "root": (set(), set()),
