@@ -47,19 +47,8 @@ PACKAGES = {
     "merging": ({"numpy", "torch", "scipy"}, {"numba"}),
     "benchmarks": (
         {"numpy", "torch", "gymnasium", "tyro"},
-        {
-            "rich",
-            "matplotlib",
-            "PIL",
-            "mlxtend",
-            "mujoco",
-            "metaworld",
-            "minigrid",
-            "nfn",
-            "rebasin",
-            "scipy",
-            "sklearn",
-        },
+        {"rich", "matplotlib", "PIL", "mujoco", "metaworld", "scipy"}
+        | {"minigrid", "mlxtend", "nfn", "rebasin", "sklearn"},  # of extras
     ),
     "cli": ({"tyro"}, None),  # None: anything
     "root": (set(), set()),
