@@ -55,6 +55,7 @@ PACKAGES = {
 }
 # A world's own folder may import its simulator at the top: whoever imports it wants that world. So may Flower's.
 WORLDS = {
+    "envs/fields/": {"numba", "torch"},
     "envs/meta_world/": {"mujoco", "metaworld", "scipy", "numba"},
     "envs/office_nav/torch_": {"torch"},
     "envs/office_nav/": {"numba"},

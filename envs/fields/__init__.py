@@ -1,0 +1,54 @@
+"""Worlds kept as networks: each field is the weights of a small network that maps a place to what is seen there.
+
+All kinds share one door: ``fit(kind, views, **options)`` fits one network to each of N worlds at once and returns their
+:class:`Fields`, and ``render(fields, view)`` draws them. What a view is belongs to the kind: an image and a size for
+``siren``.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+from fleetgym.core.registry import Registry
+
+__all__ = ["FIELDS", "Fields", "fit", "render"]
+
+
+class Fields(Protocol):
+    """N fitted fields of one architecture."""
+
+    weights: dict[str, Any]
+    """Stacked state dict, tensors [N, ...]."""
+
+    @classmethod
+    def fit(cls, views: Any, **options: Any) -> Fields:
+        """Fits one field to each of N worlds, given what is seen of it."""
+        ...
+
+    def render(self, view: Any = None) -> Any:
+        """Draws all N fields from one view; from the view they were fitted to if None."""
+        ...
+
+
+FIELDS: Registry[type[Fields]] = Registry("kind of field", group="fleetgym.fields")
+"""Name -> class with the methods of :class:`Fields`."""
+FIELDS.register("siren", "fleetgym.envs.fields.siren:Sirens")
+
+
+def fit(kind: str, views: Any, **options: Any) -> Fields:
+    """Fits one field to each of N worlds.
+
+    Args:
+        kind: A name in :data:`FIELDS`.
+        views: What is seen of each world; for ``siren`` images [N, h, w] or [N, h, w, C].
+        options: Those of the kind's ``fit``; for ``siren`` see :func:`fleetgym.envs.fields.siren.fit_sirens`.
+
+    Raises:
+        UserError: Unknown kind, or views or options that it does not take.
+    """
+    return FIELDS.get(kind).fit(views, **options)
+
+
+def render(fields: Fields, view: Any = None) -> Any:
+    """Draws fields from one view (for ``siren`` a size ``(h, w)``); from the view they were fitted to if None."""
+    return fields.render(view)
