@@ -54,7 +54,7 @@ def test_speed_without_the_peers(monkeypatch, capsys):
     for name in COMPARISONS:
         monkeypatch.setitem(COMPARISONS, name, lambda name=name: done.append(name) or [])
     assert main(["bench", "speed"]) == 0 and done == ["meta_world", "fleet_training"]
-    assert "matching and office_nav are left out: pip install 'fleetgym[bench]'" in capsys.readouterr().out
+    assert "functionals, matching, office_nav are left out: pip install 'fleetgym[bench]'" in capsys.readouterr().out
 
 
 def test_experts(tmp_path, capsys):
