@@ -8,6 +8,7 @@ accelerator.
 from __future__ import annotations
 
 import functools
+import importlib.util
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -21,7 +22,7 @@ from torch import nn
 
 from fleetgym.core.errors import UserError, unknown
 from fleetgym.core.files import write_json
-from fleetgym.core.optional import install_line, installed, require
+from fleetgym.core.optional import install_line, require
 from fleetgym.core.records import provenance
 
 
@@ -372,12 +373,177 @@ def office_nav(device: str = "cpu") -> list[Comparison]:
     return rows
 
 
+def _peak_bytes(work: Callable[[], Any], device: str) -> float:
+    """The most memory of tensors that a call holds at one time beyond what is held before it, in bytes."""
+    work()
+    if device != "cpu":
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        work()
+        torch.cuda.synchronize(device)
+        return torch.cuda.max_memory_allocated(device) - before
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as found:
+        work()
+    events = [event for event in found.profiler.kineto_results.events() if event.name() == "[memory]"]
+    held = most = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        held += event.nbytes()
+        most = max(most, held)
+    return most
+
+
+def _differentiated(layer: nn.Module, inputs: Sequence[torch.Tensor], apply: Callable[[], Sequence[torch.Tensor]]):
+    """A call of a layer forward and backward: gradients of inputs and parameters from given ones of the outputs."""
+    wanted = [*inputs, *layer.parameters()]
+    with torch.no_grad():
+        given = [torch.randn_like(out) for out in apply()]
+
+    def work() -> None:
+        torch.autograd.grad(apply(), wanted, given)
+
+    return work
+
+
+def functionals(device: str = "cpu") -> list[Comparison]:
+    """Layers of networks that read weights, forward and backward, beside nfn's (PyPI, 0.1.2, of the papers' authors).
+
+    The weights are 64 SIRENs' (2-32-32-1) with 64 channels, random numbers; gradients of inputs and of parameters are
+    taken, and float32 is the type of both. nfn's attention and normalisation are what its experiments use. nfn has no
+    layer for recurrent networks: UNF for a GRU (16 inputs, 64 units, 16 of them with 16 channels) stands beside the
+    same basis term by term, as the paper's Algorithm 1 has it, with a matrix for each pair of gates.
+
+    Each row says the most megabytes that tensors take at one time beyond weights, features and incoming gradients, of
+    ours and of the peer's (torch's profiler of memory, or its count on the accelerator).
+
+    The last rows stand beside the device's own memory: of each feature are counted the bytes that must be read and
+    written, 8 forward (input, output) and 12 backward (both inputs, and the result). A CPU has 64 networks there, an
+    accelerator 1,024, which its caches do not hold.
+
+    Args:
+        device: Where the tensors are.
+
+    Raises:
+        UserError: nfn is not installed, or the device is not there.
+    """
+    try:
+        from nfn import layers as peers
+        from nfn.common import WeightSpaceFeatures, network_spec_from_wsfeat
+    except ImportError as error:
+        raise UserError(f"nfn is missing (a peer of functionals); install it with: {install_line('bench')}") from error
+
+    from fleetgym.core.weights import WeightSpec
+    from fleetgym.merging.functionals import NFAttention, NFLinear, NFNorm, UNFLinear, WeightBatch
+    from fleetgym.merging.functionals.layout import Layout
+    from fleetgym.merging.functionals.norm import NFBlock
+    from fleetgym.merging.functionals.reference import TermByTerm
+
+    if device != "cpu" and not torch.cuda.is_available():
+        raise UserError(f"--device {device}: torch finds no CUDA device here")
+    torch.manual_seed(0)
+    batch, channels, widths = 64, 64, (2, 32, 32, 1)
+    chain = [part for i, o in zip(widths, widths[1:]) for part in (nn.Linear(i, o), nn.ReLU())][:-1]
+    spec = WeightSpec.from_module(nn.Sequential(*chain), torch.zeros(1, widths[0]))
+    free, fixed = Layout.of(spec.free("in", "out")), Layout.of(spec.fix("in", "out"))
+
+    def features(layout: Layout, batch: int = batch, channels: int = channels) -> WeightBatch:
+        return WeightBatch(layout, torch.randn(batch, layout.size, channels, device=device, requires_grad=True))
+
+    def ours_of(layer: nn.Module, x: WeightBatch) -> Callable[[], None]:
+        layer.to(device)
+        return _differentiated(layer, [x.data], lambda: [layer(x).data])
+
+    theirs = WeightSpaceFeatures(
+        [torch.randn(batch, channels, o, i, device=device, requires_grad=True) for i, o in zip(widths, widths[1:])],
+        [torch.randn(batch, channels, o, device=device, requires_grad=True) for o in widths[1:]],
+    )
+    peer_spec = network_spec_from_wsfeat(theirs)
+
+    def peer_of(layer: nn.Module) -> Callable[[], None]:
+        def apply() -> Sequence[torch.Tensor]:
+            made = layer(theirs)
+            return made.weights + made.biases
+
+        layer.to(device)
+        return _differentiated(layer, theirs.weights + theirs.biases, apply)
+
+    def block(layout: Layout) -> nn.Module:
+        return NFBlock(NFLinear(layout, channels, channels, symmetry=None), NFNorm(layout, channels))
+
+    x = {free: features(free), fixed: features(fixed)}
+    peer_block = nn.Sequential(
+        peers.NPLinear(peer_spec, channels, channels),
+        peers.SimpleLayerNorm(peer_spec, channels),
+        peers.TupleOp(nn.ReLU()),
+    )
+    pairs = [
+        ("NP", free, NFLinear(free, channels, channels, None), peers.NPLinear(peer_spec, channels, channels)),
+        ("HNP", fixed, NFLinear(fixed, channels, channels, None), peers.HNPLinear(peer_spec, channels, channels)),
+        ("normalisation", free, NFNorm(free, channels), peers.SimpleLayerNorm(peer_spec, channels)),
+        ("NP, normalisation, ReLU", free, block(free), peer_block),
+        ("attention", free, NFAttention(free, channels, 8), peers.NPAttention(peer_spec, channels, 8)),
+    ]
+    rows = []
+
+    def row(about: str, ours: Callable[[], None], peer: Callable[[], None], peer_name: str, number: int) -> None:
+        peak = [lambda work=work: _peak_bytes(work, device) / 1e6 for work in (ours, peer)]
+        rows.append(
+            Comparison(
+                "networks", number, ours, peer, peer_name, about=about, device=device, results=("peak MB", *peak)
+            )
+        )
+
+    for about, layout, layer, peer in pairs:
+        row(about, ours_of(layer, x[layout]), peer_of(peer), f"nfn's {type(peer).__name__}", batch)
+
+    class Recurrent(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.gru = nn.GRU(16, 64, batch_first=True)
+            self.head = nn.Linear(64, 4)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.head(self.gru(x)[0])
+
+    recurrent = Layout.of(WeightSpec.from_module(Recurrent(), torch.zeros(1, 2, 16)).free("in", "out"))
+    y = features(recurrent, 16, 16)
+    layer = UNFLinear(recurrent, 16, 16)
+    terms = ours_of(TermByTerm(layer, folded=False), y)
+    row(f"UNF for a GRU, {layer.terms} terms", ours_of(layer, y), terms, "the same term by term", 16)
+
+    many = batch if device == "cpu" else 1024
+    source = torch.ones(1 << 27, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    wide = features(free, many)
+    for about, _, layer, _ in pairs[:1] + pairs[2:4]:
+        rows.append(
+            Comparison(
+                "features",
+                many * free.size * channels,
+                ours_of(layer, wide),
+                lambda: target.copy_(source),
+                "bytes read and written by a copy",
+                2 * len(source),
+                f"{about}, {many} networks, beside its memory",
+                device,
+                20,
+            )
+        )
+    return rows
+
+
 COMPARISONS: dict[str, Callable[..., Comparison | list[Comparison]]] = {
+    "functionals": functionals,
     "meta_world": meta_world,
     "fleet_training": fleet_training,
     "matching": matching,
     "office_nav": office_nav,
 }
+
+# Those that tensors are measured in, on a device of one's choice, and the package that each cannot do without.
+PEERS = {"functionals": "nfn", "office_nav": "minigrid"}
 
 
 def compare(comparison: Comparison, repeat: int) -> dict[str, Any]:
@@ -450,7 +616,7 @@ class Args:
     repeat: int = 5
     """Pairs of runs of each."""
     device: str = "cpu"
-    """Where the tensors of office_nav are; on an accelerator, seconds are those of the clock."""
+    """Where the tensors of functionals and office_nav are; on an accelerator, seconds are those of the clock."""
     out: Path | None = None
     """Write the figures to this .json file."""
 
@@ -467,10 +633,12 @@ def main(argv: Sequence[str]) -> int:
         raise UserError(f"--repeat {args.repeat}: it must be at least 1")
     torch.set_num_threads(1)
     results = {}
-    if not args.only and not installed("bench"):
-        print("office_nav is left out: " + install_line("bench"))
-    for name in args.only or [name for name in COMPARISONS if name != "office_nav" or installed("bench")]:
-        found = COMPARISONS[name](args.device) if name == "office_nav" else COMPARISONS[name]()
+    there = [name for name in COMPARISONS if name not in PEERS or importlib.util.find_spec(PEERS[name]) is not None]
+    for name in COMPARISONS if not args.only else ():
+        if name not in there:
+            print(f"{name} is left out: {install_line('bench')}")
+    for name in args.only or there:
+        found = COMPARISONS[name](args.device) if name in PEERS else COMPARISONS[name]()
         for comparison in found if isinstance(found, list) else [found]:
             title = f"{name} ({comparison.about})" if comparison.about else name
             results[title] = row = compare(comparison, args.repeat)
