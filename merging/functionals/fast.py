@@ -26,6 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.nn import functional
 
 from fleetgym.merging.functionals.partitions import Plan
 
@@ -36,6 +37,8 @@ PIECE_BYTES = 4 << 20
 LEAST = 1 << 21
 # Bytes from which a tensor is worth huge pages, several of them at 2 MB each.
 HUGE = 4 << 20
+# Scalars of a part from which a call for each network costs less than the passes that it saves.
+LARGE = 1 << 14
 
 
 def usable(data: Tensor, parameters: Sequence[Tensor]) -> bool:
@@ -124,12 +127,28 @@ class Norm:
         return torch.cat([row.expand(length, -1) for row, length in zip(rows.unbind(0), self.lengths)])
 
 
-# The function, and the gradient with respect to its input from the gradient of its output and the input.
-ACTIVATIONS: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor, Tensor], Tensor]]] = {
-    "gelu": (torch.nn.functional.gelu, torch.ops.aten.gelu_backward),
-    "relu": (torch.relu_, lambda gradient, x: torch.ops.aten.threshold_backward(gradient, x, 0)),
-    "silu": (torch.nn.functional.silu, torch.ops.aten.silu_backward),
-    "tanh": (torch.tanh_, lambda gradient, x: torch.ops.aten.tanh_backward(gradient, x.tanh())),
+@dataclass(frozen=True)
+class Activation:
+    """A function of each number.
+
+    Attributes:
+        apply: The function.
+        inplace: The same, where it may overwrite its argument.
+        gradient: The gradient with respect to the argument from that of the result, and the argument or the result.
+        by_result: Which of the two the gradient takes.
+    """
+
+    apply: Callable[[Tensor], Tensor]
+    inplace: Callable[[Tensor], Tensor]
+    gradient: Callable[[Tensor, Tensor], Tensor]
+    by_result: bool
+
+
+ACTIVATIONS = {
+    "gelu": Activation(functional.gelu, functional.gelu, torch.ops.aten.gelu_backward, False),
+    "relu": Activation(torch.relu, torch.relu_, lambda g, y: torch.ops.aten.threshold_backward(g, y, 0), True),
+    "silu": Activation(functional.silu, functional.silu, torch.ops.aten.silu_backward, False),
+    "tanh": Activation(torch.tanh, torch.tanh_, torch.ops.aten.tanh_backward, True),
 }
 
 
@@ -182,18 +201,10 @@ def block(
 
 def plain_norm(norm: Norm, data: Tensor, scale: Tensor | None, shift: Tensor | None) -> Tensor:
     """:func:`normalise` by torch's own functions: for any transform and any device."""
-    data = torch.nn.functional.layer_norm(data, data.shape[-1:], eps=norm.eps)
+    data = functional.layer_norm(data, data.shape[-1:], eps=norm.eps)
     if scale is not None:
         data = torch.addcmul(norm.spread(shift), data, norm.spread(scale))
-    return data if norm.activation is None else _PLAIN[norm.activation](data)
-
-
-_PLAIN = {
-    "gelu": torch.nn.functional.gelu,
-    "relu": torch.relu,
-    "silu": torch.nn.functional.silu,
-    "tanh": torch.tanh,
-}
+    return data if norm.activation is None else ACTIVATIONS[norm.activation].apply(data)
 
 
 # ---- what a plan comes to --------------------------------------------------------------------------------------------
@@ -761,16 +772,33 @@ class _Linear(torch.autograd.Function):
 class _Normal:
     """Normalisation in pieces, forward or backward."""
 
-    def __init__(self, norm: Norm, data: Tensor, scale: Tensor | None, shift: Tensor | None) -> None:
-        self.norm = norm
+    def __init__(self, norm: Norm, scale: Tensor | None, shift: Tensor | None) -> None:
+        self.norm, self.rows = norm, (scale, shift)
+        self.activation = None if norm.activation is None else ACTIVATIONS[norm.activation]
+        self.by_result = self.activation is not None and self.activation.by_result
         self.scale = None if scale is None else norm.spread(scale)
         self.shift = None if shift is None else norm.spread(shift)
-        self.sums = None if scale is None else (data.new_zeros(data.shape[1:]), data.new_zeros(data.shape[1:]))
-        self.scratch: tuple[Tensor, Tensor] | None = None
+        # Stretches with one row that are worth a call for each network, and what lies between them.
+        self.runs: list[tuple[int, int, int, int]] = []  # where it begins, its length, its first row, how many rows
+        begin = 0
+        for row, length in enumerate(norm.lengths if scale is not None else ()):
+            large = length * scale.shape[-1] >= LARGE
+            if large or not self.runs or self._large(self.runs[-1]):
+                self.runs.append((begin, length, row, 1))
+            else:
+                first, before, top, count = self.runs[-1]
+                self.runs[-1] = (first, before + length, top, count + 1)
+            begin += length
+        self.sums = [
+            [scale.new_zeros(1 if self._large(run) else run[1], scale.shape[-1]) for _ in range(2)] for run in self.runs
+        ]
+
+    def _large(self, run: tuple[int, int, int, int]) -> bool:
+        return run[3] == 1 and (run[1] * self.scale.shape[-1] >= LARGE or len(self.norm.lengths) == 1)
 
     def forward(self, x: Tensor, out: Tensor, mean: Tensor, rstd: Tensor) -> None:
         """[N, P, C] -> ``out``; writes the mean and the inverse standard deviation, [N, P, 1]."""
-        # Several times faster than torch.var_mean, and than the moments of F.layer_norm, where C is some dozens.
+        # Faster than torch.var_mean, and than the moments of F.layer_norm, where C is some dozens.
         torch.mean(x, -1, keepdim=True, out=mean)
         torch.sub(x, mean, out=out)
         torch.linalg.vector_norm(out, dim=-1, keepdim=True, out=rstd)
@@ -778,44 +806,73 @@ class _Normal:
         out.mul_(rstd)
         if self.scale is not None:
             torch.addcmul(self.shift, out, self.scale, out=out)
-        if self.norm.activation is not None:
-            result = ACTIVATIONS[self.norm.activation][0](out)
+        if self.activation is not None:
+            result = self.activation.inplace(out)
             if result is not out:
                 out.copy_(result)
 
-    def backward(self, gradient: Tensor, x: Tensor, mean: Tensor, rstd: Tensor) -> Tensor:
-        """The gradient with respect to x, [N, P, C]; those of scale and shift add up."""
-        if self.norm.activation is not None or self.scale is not None:
-            if self.scratch is None:
-                self.scratch = torch.empty_like(x), torch.empty_like(x)
-            normal, other = (scratch[: len(x)] for scratch in self.scratch)
-            torch.sub(x, mean, out=normal).mul_(rstd)
-            if self.norm.activation is not None:
-                inner = normal if self.scale is None else torch.addcmul(self.shift, normal, self.scale, out=other)
-                gradient = ACTIVATIONS[self.norm.activation][1](gradient, inner)
-            if self.scale is not None:
-                self._add(self.sums[1], gradient)
-                self._add(self.sums[0], normal.mul_(gradient))
-                gradient = torch.mul(gradient, self.scale, out=other)
-        channels = list(x.shape[-1:])
-        return torch.ops.aten.native_layer_norm_backward(
-            gradient, x, channels, mean, rstd, None, None, [True, False, False]
-        )[0]
+    def backward(
+        self, gradient: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, result: Tensor | None, out: Tensor
+    ) -> None:
+        """Writes the gradient with respect to x, [N, P, C], to ``out``; those of scale and shift add up.
+
+        Args:
+            gradient: [N, P, C].
+            x: [N, P, C].
+            mean: [N, P, 1].
+            rstd: [N, P, 1].
+            result: What :meth:`forward` wrote; needed where the activation's gradient takes it.
+            out: [N, P, C].
+        """
+        if self.activation is not None:
+            if not self.by_result:
+                result = torch.sub(x, mean).mul_(rstd)
+                if self.scale is not None:
+                    torch.addcmul(self.shift, result, self.scale, out=result)
+            gradient = self.activation.gradient(gradient, result)
+        if self.scale is None:
+            out.copy_(self._kernel(gradient, x, mean, rstd, None, None)[0])
+        for run, sums in zip(self.runs, self.sums):
+            begin, length, row, _ = run
+            stretch = [tensor.narrow(1, begin, length) for tensor in (gradient, x, mean, rstd, out)]
+            if self._large(run):
+                rows = self.rows[0][row], self.rows[1][row]
+                whole = length == x.shape[1]
+                for *piece, place in [stretch] if whole else zip(*(tensor.unbind(0) for tensor in stretch)):
+                    found, *slopes = self._kernel(*piece, *rows)
+                    place.copy_(found)
+                    for total, slope in zip(sums, slopes):
+                        total[0].add_(slope)
+                continue
+            given, data, means, scales, place = stretch
+            normal = torch.sub(data, means).mul_(scales)
+            sums[0].add_(normal.mul_(given).sum(0))
+            sums[1].add_(given.sum(0))
+            torch.mul(given, self.scale.narrow(0, begin, length), out=normal)
+            place.copy_(self._kernel(normal, data, means, scales, None, None)[0])
 
     @staticmethod
-    def _add(total: Tensor, piece: Tensor) -> None:
-        if total.numel() < 1 << 14:
-            total.add_(piece.sum(0))
-            return
-        for row in piece.unbind(0):  # keeps the total in the cache, and makes no other tensor
-            total.add_(row)
+    def _kernel(
+        gradient: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, scale: Tensor | None, shift: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        return torch.ops.aten.native_layer_norm_backward(
+            gradient, x, list(x.shape[-1:]), mean, rstd, scale, shift, [True, scale is not None, shift is not None]
+        )
 
     def finish(self) -> tuple[Tensor | None, Tensor | None]:
         """Gradients of scale and shift, [rows, C]."""
-        if self.sums is None:
+        if self.scale is None:
             return None, None
-        found = (torch.stack([piece.sum(0) for piece in total.split(self.norm.lengths)]) for total in self.sums)
-        return tuple(found)
+        found: tuple[list[Tensor], list[Tensor]] = [], []
+        for (_, _, row, count), sums in zip(self.runs, self.sums):
+            for made, total in zip(found, sums):
+                lengths = self.norm.lengths[row : row + count] if len(total) > 1 else (1,)
+                made.extend(piece.sum(0) for piece in total.split(lengths))
+        return torch.stack(found[0]), torch.stack(found[1])
+
+
+def _pieces(tensor: Tensor | None, pieces: list[int]) -> Sequence[Tensor | None]:
+    return [None] * len(pieces) if tensor is None else tensor.split(pieces)
 
 
 class _Normalise(torch.autograd.Function):
@@ -824,24 +881,24 @@ class _Normalise(torch.autograd.Function):
         source, out = data.contiguous(), fresh(data, *data.shape)
         mean, rstd = data.new_empty(2, *data.shape[:2], 1)
         pieces = piece_sizes(data, 2 * data.shape[-1])
-        work = _Normal(norm, data, scale, shift)
+        work = _Normal(norm, scale, shift)
         for piece in zip(*(tensor.split(pieces) for tensor in (source, out, mean, rstd))):
             work.forward(*piece)
         ctx.norm, ctx.moments, ctx.pieces = norm, (mean, rstd), pieces
-        ctx.save_for_backward(data, scale, shift)
+        ctx.save_for_backward(data, scale, shift, out if work.by_result else None)
         return out
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        data, scale, shift = ctx.saved_tensors
+        data, scale, shift, result = ctx.saved_tensors
         if torch.is_grad_enabled():
             needed = ctx.needs_input_grad[1:]
             return None, *_again(functools.partial(plain_norm, ctx.norm), (data, scale, shift), needed, gradient)
         out = fresh(data, *data.shape)
-        work = _Normal(ctx.norm, data, scale, shift)
-        tensors = gradient.contiguous(), data.contiguous(), *ctx.moments, out
-        for *piece, place in zip(*(tensor.split(ctx.pieces) for tensor in tensors)):
-            place.copy_(work.backward(*piece))
+        work = _Normal(ctx.norm, scale, shift)
+        tensors = gradient.contiguous(), data.contiguous(), *ctx.moments, result, out
+        for piece in zip(*(_pieces(tensor, ctx.pieces) for tensor in tensors)):
+            work.backward(*piece)
         return None, out, *work.finish()
 
 
@@ -872,7 +929,7 @@ class _Block(torch.autograd.Function):
             program.bias_at,
             pieces,
         )
-        work = _Normal(norm, middle, scale, shift)
+        work = _Normal(norm, scale, shift)
         out = fresh(middle, *middle.shape)
         mean, rstd = data.new_empty(2, *data.shape[:2], 1)
         for n, piece in enumerate(zip(*(tensor.split(pieces) for tensor in (middle, out, mean, rstd)))):
@@ -880,12 +937,12 @@ class _Block(torch.autograd.Function):
             work.forward(*piece)
         ctx.plan, ctx.norm, ctx.pieces = plan, norm, pieces
         ctx.kept = run.operands, middle, mean, rstd
-        ctx.save_for_backward(data, scale, shift, bias, *weights)
+        ctx.save_for_backward(data, scale, shift, out if work.by_result else None, bias, *weights)
         return out
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        data, scale, shift, bias, *weights = ctx.saved_tensors
+        data, scale, shift, result, bias, *weights = ctx.saved_tensors
         needed = ctx.needs_input_grad[2:]
         if torch.is_grad_enabled():
             from fleetgym.merging.functionals.linear import grouped
@@ -909,10 +966,10 @@ class _Block(torch.autograd.Function):
             to_weights,
             ctx.pieces,
         )
-        normal = _Normal(ctx.norm, middle, scale, shift)
-        tensors = gradient.contiguous(), middle, mean, rstd
-        for n, piece in enumerate(zip(*(tensor.split(ctx.pieces) for tensor in tensors))):
-            scratch[: ctx.pieces[n]].copy_(normal.backward(*piece))
+        normal = _Normal(ctx.norm, scale, shift)
+        tensors = gradient.contiguous(), middle, mean, rstd, result
+        for n, piece in enumerate(zip(*(_pieces(tensor, ctx.pieces) for tensor in tensors))):
+            normal.backward(*piece, scratch[: ctx.pieces[n]])
             work.piece(n)
         found, of_bias = work.finish() if to_weights else ([None] * len(weights), None)
         return None, None, work.out, *normal.finish(), of_bias if needed[3] else None, *found

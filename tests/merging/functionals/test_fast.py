@@ -176,6 +176,7 @@ def test_where_the_fast_path_is_not_taken(monkeypatch, change):
 @pytest.mark.parametrize("affine", [None, "part", "shared"])
 def test_block_is_its_three_layers(monkeypatch, affine, activation):
     monkeypatch.setattr(fast, "PIECE_BYTES", 4096)
+    monkeypatch.setattr(fast, "LARGE", 50)  # the matrix of 20 scalars with 4 channels by itself, the others together
     monkeypatch.setattr(fast, "LEAST", 0)
     layer, x = drawn(NFLinear(chain(2, 5, 4, 1), 3, 4))
     block = NFBlock(layer, NFNorm(layer.layout, 4, affine).double(), activation)
