@@ -171,7 +171,7 @@ class Inr2Array(Reader):
         heads: int = 4,
         factor: int = 4,
         frequencies: int = 32,
-        scale: float = 3.0,
+        scale: float = 0.3,
         outputs: int = 1,
         hidden: Sequence[int] = (32, 32),
         decoder_width: int = 256,

@@ -78,28 +78,32 @@ class FourierFeatures(nn.Module):
         size: Frequencies m; the output has 2 m channels.
         scale: Standard deviation of the frequencies.
         seed: Draws them; they are a buffer and are not trained.
+        keep: Whether the channels themselves are appended.
 
     Attributes:
-        channels: Channels of the output, 2 m.
+        channels: Channels of the output, 2 m, and C more where they are kept.
 
     Raises:
         UserError: No channels, no frequencies, or a scale that is not positive.
     """
 
-    def __init__(self, channels: int = 1, size: int = 128, scale: float = 3.0, seed: int = 0) -> None:
+    def __init__(
+        self, channels: int = 1, size: int = 128, scale: float = 3.0, seed: int = 0, *, keep: bool = False
+    ) -> None:
         super().__init__()
         _positive(channels=channels, size=size)
         if not scale > 0:
             raise UserError(f"scale={scale}: it must be positive")
-        self.c_in, self.channels = channels, 2 * size
+        self.c_in, self.keep = channels, keep
+        self.channels = 2 * size + keep * channels
         draws = torch.randn(channels, size, generator=torch_generator("fourier_features", seed))
         self.register_buffer("frequencies", draws * scale)
 
     def forward(self, x: WeightBatch) -> WeightBatch:
-        """[B, P, C] to [B, P, 2 m]."""
+        """[B, P, C] to [B, P, channels]."""
         WeightBatch.expect(x, x.layout, self.c_in, "FourierFeatures")
         angles = (2 * math.pi) * (x.data @ self.frequencies.to(x.data.dtype))
-        return x.replace(torch.cat([angles.sin(), angles.cos()], -1))
+        return x.replace(torch.cat([angles.sin(), angles.cos(), *([x.data] if self.keep else [])], -1))
 
 
 class IOEncoding(nn.Module):

@@ -368,7 +368,7 @@ class NFT(_Model):
         factor: Of the feed-forward layers.
         head: ``classifier``, ``regressor`` or ``editor``.
         frequencies: Random frequencies that values are encoded by; 0 for none.
-        scale: Their standard deviation.
+        scale: Their standard deviation. Weights are normalised before, so it is less than where they are not.
         dropout: Of the blocks, and before the last layer of the head.
         head_hidden: Width of the head.
         stats: Statistics of the pool.
@@ -389,7 +389,7 @@ class NFT(_Model):
         factor: int = 2,
         head: str = "classifier",
         frequencies: int = 32,
-        scale: float = 1.0,
+        scale: float = 0.3,
         dropout: float = 0.0,
         head_hidden: int = 128,
         stats: Sequence[str] = ("mean", "std"),
@@ -419,10 +419,10 @@ def nft_body(
     scale: float,
     dropout: float = 0.0,
 ) -> nn.Sequential:
-    """Encoded values, learned positions, blocks of attention and a last normalisation: [B, P, C] to [B, P, width]."""
+    """Values and their Fourier features, learned positions, blocks, a last norm: [B, P, C] to [B, P, width]."""
     first: list[nn.Module] = []
     if frequencies:
-        first.append(FourierFeatures(channels, frequencies, scale))
+        first.append(FourierFeatures(channels, frequencies, scale, keep=True))
         channels = first[0].channels
     first.append(_Pointwise(nn.Linear(channels, width)))
     return nn.Sequential(

@@ -52,6 +52,8 @@ def test_fourier_features():
     angle = 2 * math.pi * float((x.data[1, 7] * layer.frequencies[:, 4].double()).sum())
     assert math.isclose(float(out.data[1, 7, 4]), math.sin(angle), abs_tol=1e-6)
     assert math.isclose(float(out.data[1, 7, 10]), math.cos(angle), abs_tol=1e-6)
+    kept = FourierFeatures(2, 6, scale=0.5, keep=True)
+    assert kept.channels == 14 and torch.equal(kept(x).data, torch.cat([out.data, x.data], -1))
     assert torch.equal(layer.frequencies, FourierFeatures(2, 6, scale=0.5).frequencies)
     assert 0.3 < float(FourierFeatures(1, 1000, scale=0.5).frequencies.std()) < 0.7
 
