@@ -425,8 +425,8 @@ def functionals(device: str = "cpu") -> list[Comparison]:
 
     The weights are 64 SIRENs' (2-32-32-1) with 64 channels, random numbers; gradients of inputs and of parameters are
     taken, and float32 is the type of both. nfn's attention and normalisation are what its experiments use. nfn has no
-    layer for recurrent networks: UNF for a GRU (16 inputs, 64 units, 16 of them with 16 channels) stands beside the
-    same basis term by term, as the paper's Algorithm 1 has it, with a matrix for each pair of gates.
+    layer for recurrent networks: UNF for a GRU (16 inputs, 64 units, 16 of them with 16 channels), whose gates are
+    tensors of their own as in the paper, stands beside the same basis term by term, as its Algorithm 1 has it.
 
     Each row says the most megabytes that tensors take at one time beyond weights, features and incoming gradients, of
     ours and of the peer's (torch's profiler of memory, or its count on the accelerator).
@@ -447,7 +447,7 @@ def functionals(device: str = "cpu") -> list[Comparison]:
     except ImportError as error:
         raise UserError(f"nfn is missing (a peer of functionals); install it with: {install_line('bench')}") from error
 
-    from fleetgym.core.weights import WeightSpec
+    from fleetgym.core.weights import Axis, WeightSpec
     from fleetgym.merging.functionals import NFAttention, NFLinear, NFNorm, UNFLinear, WeightBatch
     from fleetgym.merging.functionals.layout import Layout
     from fleetgym.merging.functionals.norm import NFBlock
@@ -511,19 +511,13 @@ def functionals(device: str = "cpu") -> list[Comparison]:
     for about, layout, layer, peer in pairs:
         row(about, ours_of(layer, x[layout]), peer_of(peer), f"nfn's {type(peer).__name__}", batch)
 
-    class Recurrent(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.gru = nn.GRU(16, 64, batch_first=True)
-            self.head = nn.Linear(64, 4)
-
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return self.head(self.gru(x)[0])
-
-    recurrent = Layout.of(WeightSpec.from_module(Recurrent(), torch.zeros(1, 2, 16)).free("in", "out"))
+    gates = {f"{name}_{gate}": axes for gate in "rzn" for name, axes in (("w", "h in"), ("u", "h h"))}
+    gates |= {f"{name}_{gate}": "h" for gate in "rzn" for name in ("b", "c")}
+    axes = {key: tuple(Axis(name) for name in names.split()) for key, names in gates.items()}
+    recurrent = Layout.of(WeightSpec(axes, {"h": 64, "in": 16}))
     y = features(recurrent, 16, 16)
     layer = UNFLinear(recurrent, 16, 16)
-    terms = ours_of(TermByTerm(layer, folded=False), y)
+    terms = ours_of(TermByTerm(layer), y)
     row(f"UNF for a GRU, {layer.terms} terms", ours_of(layer, y), terms, "the same term by term", 16)
 
     many = batch if device == "cpu" else 1024
