@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import hashlib
 import json
@@ -61,6 +60,8 @@ class Zoo:
         template = self.module().state_dict()
         expected = {key: value.new_empty((number, *value.shape), device="meta") for key, value in template.items()}
         check_keys(expected, self.weights, f"zoo {self.name!r}")
+        # In the order of the architecture's state dict, which a file does not keep.
+        object.__setattr__(self, "weights", {key: self.weights[key] for key in template})
         for key, value in self.weights.items():
             if value.is_floating_point() and not torch.isfinite(value).all():
                 bad = int(torch.nonzero(~torch.isfinite(value.flatten(1)).all(1))[0])
@@ -131,6 +132,7 @@ class Zoo:
             "schema": SCHEMA,
             "name": self.name,
             "networks": len(self),
+            "targets": list(self.targets),
             "architecture": self.architecture,
             "network": jsonable(self.network),
             "config": jsonable(self.config),
@@ -153,26 +155,31 @@ class Zoo:
             raise UserError(f"{path} is not the folder of a zoo: it {what}")
         document = read_json(folder / CONFIG)
         kinds = {"schema": int, "name": str, "architecture": str, "network": dict, "config": dict, "info": dict}
-        kinds["sha256"] = str
+        kinds |= {"targets": list, "sha256": str}
         for key, kind in kinds.items():
             if not isinstance(document, dict) or not isinstance(document.get(key), kind):
                 raise UserError(f"{folder / CONFIG} is not that of a zoo: {key!r} is missing or no {kind.__name__}")
         if document["schema"] > SCHEMA:
             raise UserError(f"{folder / CONFIG} has schema {document['schema']}, this fleetgym reads up to {SCHEMA}")
         tensors = load_tensors(folder / TENSORS, document["sha256"])
-        if "groups" not in tensors:
-            raise UserError(f"{folder / TENSORS} is not that of a zoo: it has no 'groups'")
+        targets = _under("targets", tensors)
+        if "groups" not in tensors or targets.keys() != set(document["targets"]):
+            raise UserError(f"{folder / TENSORS} is not that of a zoo: it lacks 'groups' or a target")
         return cls(
             name=document["name"],
             architecture=document["architecture"],
             network=document["network"],
             weights=_under("weights", tensors),
-            targets=_under("targets", tensors),
-            splits=_under("splits", tensors),
+            targets={key: targets[key] for key in document["targets"]},
+            splits={key: value for key, value in sorted(_under("splits", tensors).items(), key=_place)},
             groups=tensors["groups"],
             config=document["config"],
             info=document["info"],
         )
+
+
+def _place(split: tuple[str, Tensor]) -> int:
+    return SPLITS.index(split[0]) if split[0] in SPLITS else len(SPLITS)
 
 
 def _under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -289,12 +296,12 @@ def make(maker: Maker, *, folder: str | os.PathLike | None = None, device: str =
     zoo = Zoo(
         name=maker.name,
         architecture=architecture,
-        network=network,
+        network=jsonable(network),
         weights=weights,
         targets=targets,
         splits=split_groups(groups, maker.shares, maker.seed),
         groups=groups,
-        config={"version": maker.version, **dataclasses.asdict(maker)},
+        config={"version": maker.version, **jsonable(maker)},
     )
     zoo.save(path)
     shutil.rmtree(kept, ignore_errors=True)
