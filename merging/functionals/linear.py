@@ -215,11 +215,8 @@ def grouped(plan: Plan, data: Tensor, weights: Sequence[Tensor], bias: Tensor | 
         weights: For each product [sum of fold * c_in, sum of fold * c_out].
         bias: [sum of fold * c_out] or None.
     """
-    parts, batch = plan.layout.parts, data.shape[0]
-    channels = data.shape[-1]
-    first = next(w for w in weights)
-    folds_out = sum(parts[o.part].fold for o in plan.products[0].outputs)
-    c_out = first.shape[1] // folds_out
+    parts, batch, channels = plan.layout.parts, data.shape[0], data.shape[-1]
+    c_out = weights[0].shape[1] // sum(parts[target.part].fold for target in plan.products[0].outputs)
     # One split has one backward; narrowing for each part would fill a tensor of whole size with zeros for each.
     views = [
         piece.reshape(batch, *(atom.size for atom in atoms), part.fold * channels)
@@ -296,10 +293,9 @@ def _assemble(sizes: list[int], pieces: list[tuple[Target, Tensor]], shift: Tens
     entries = by_pattern.pop(plain)
     if shift is not None:
         entries.insert(0, (set(), shift))
-    total = _fold(entries)
-    full = (total.shape[0], *sizes, total.shape[-1])
-    if total.shape != full:
-        total = total.expand(full)
+    total = _fold(entries).expand(-1, *sizes, -1)
+    if by_pattern and len(entries) == 1:
+        total = total.clone()  # a piece of a product's result, in which diagonals must not be written
     for pattern, found in by_pattern.items():
         total = _add_diagonal(total, pattern, _fold(found))
     return total
@@ -318,18 +314,13 @@ def _fold(entries: list[tuple[set[int], Tensor]]) -> Tensor:
 
 def _add_diagonal(total: Tensor, pattern: tuple[int, ...], piece: Tensor) -> Tensor:
     """Adds [B, *sizes of blocks, C] where indices of one block are equal."""
-    blocks = list(pattern)
-    # The view has the axes of the blocks in their order, see _diagonals.
-    if torch._C._are_functorch_transforms_active():
-        place = next(p for p, block in enumerate(blocks) if blocks.index(block) < p)
-        first = blocks.index(blocks[place])
-        inner = total.diagonal(0, 1 + first, 1 + place)
-        rest = tuple(block for p, block in enumerate(blocks) if p != place)
-        moved = inner.movedim(-1, 1 + first)
-        if len(set(rest)) == len(rest):
-            moved = moved + piece
-        else:
-            moved = _add_diagonal(moved, rest, piece)
-        return torch.diagonal_scatter(total, moved.movedim(1 + first, -1), 0, 1 + first, 1 + place)
-    _diagonals(total, blocks).add_(piece)
-    return total
+    if not torch._C._are_functorch_transforms_active():
+        _diagonals(total, pattern).add_(piece)
+        return total
+    # A tensor that a transform does not batch cannot take one in place that it does.
+    place = next(place for place, block in enumerate(pattern) if pattern.index(block) < place)
+    first = pattern.index(pattern[place])
+    inner = total.diagonal(0, 1 + first, 1 + place).movedim(-1, 1 + first)
+    rest = pattern[:place] + pattern[place + 1 :]
+    inner = inner + piece if len(set(rest)) == len(rest) else _add_diagonal(inner, rest, piece)
+    return torch.diagonal_scatter(total, inner.movedim(1 + first, -1), 0, 1 + first, 1 + place)

@@ -9,6 +9,7 @@ from fleetgym.agents.networks import RecurrentPolicy
 from fleetgym.core import Axis, Element, UserError, WeightSpec
 from fleetgym.merging.functionals import Layout, NFLinear, UNFLinear, WeightBatch
 from fleetgym.merging.functionals.linear import grouped
+from fleetgym.merging.functionals.partitions import Plan
 from fleetgym.merging.functionals.reference import TermByTerm
 
 
@@ -222,6 +223,27 @@ def test_grouped_is_term_by_term_under_caps(options):
     spec = spec_of("rnn")
     layer, x = layer_of(spec, **options), random_batch(Layout.of(spec))
     assert float((TermByTerm(layer)(x).data - layer(x).data).detach().abs().max()) < 1e-12
+
+
+def test_a_piece_of_a_product_is_not_written_into():
+    """Two tensors share the product of their own terms, and nothing but diagonals is added to it."""
+    spec = WeightSpec({"a": (Axis("h"), Axis("h")), "b": (Axis("h"), Axis("h"))}, {"h": 4})
+    plan = Plan(Layout.of(spec))
+    kept = [t for t in plan.terms if t.carried == 2 or (t.carried == 1 and t.partition[0] == t.partition[1])]
+    plan.terms = tuple(kept)
+    plan._group()
+    x = random_batch(plan.layout)
+    weights = [
+        torch.randn(2 * len(product.inputs), 3 * len(product.outputs), dtype=torch.float64, requires_grad=True)
+        for product in plan.products
+    ]
+    out = grouped(plan, x.data, weights, None)
+    assert [len(product.outputs) for product in plan.products] == [2, 2]
+    assert (
+        float((out - torch.func.vmap(lambda d: grouped(plan, d, weights, None))(x.data[None])[0]).abs().max()) < 1e-12
+    )
+    out.sum().backward()
+    assert all(bool(weight.grad.any()) for weight in weights)
 
 
 @pytest.mark.parametrize("name", ["gru", "attention", "cube"])
