@@ -19,15 +19,18 @@ import functools
 import mmap
 import sys
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from math import prod
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.nn import functional
 
+from fleetgym.merging.functionals.kernels import norms
 from fleetgym.merging.functionals.partitions import Plan
 
 # What a piece of the batch may take on a CPU, input and output together. Of 0.3 to 16 MB the best on a core with 1 MB
@@ -35,10 +38,10 @@ from fleetgym.merging.functionals.partitions import Plan
 PIECE_BYTES = 4 << 20
 # Scalars of input and output together under which the plain path is as fast: each piece costs some dozens of calls.
 LEAST = 1 << 21
+# Scalars from which the compiled normalisation is worth the time in which it is loaded.
+LEAST_NORM = 1 << 17
 # Bytes from which a tensor is worth huge pages, several of them at 2 MB each.
 HUGE = 4 << 20
-# Scalars of a part from which a call for each network costs less than the passes that it saves.
-LARGE = 1 << 14
 
 
 def usable(data: Tensor, parameters: Sequence[Tensor]) -> bool:
@@ -155,7 +158,7 @@ ACTIVATIONS = {
 def normalise(norm: Norm, data: Tensor, scale: Tensor | None, shift: Tensor | None) -> Tensor:
     """Layer normalisation, scale, shift and activation, a few networks at a time.
 
-    Call it where :func:`usable` says so.
+    Call it on a CPU where :func:`usable` says so.
 
     Args:
         norm: What to do.
@@ -194,9 +197,20 @@ def block(
     Returns:
         [B, P, c_out].
     """
+    if data.device.type != "cpu":
+        return plain_norm(norm, linear(plan, data, weights, bias), scale, shift)
     if bias is not None and _Program.of(plan).bias_at is None:
         return normalise(norm, linear(plan, data, weights, bias), scale, shift)
     return _Block.apply(plan, norm, data, scale, shift, bias, *weights)
+
+
+def normalised(norm: Norm, data: Tensor, scale: Tensor | None, shift: Tensor | None) -> Tensor:
+    """Layer normalisation, by the fast path where it pays; arguments and result are those of :func:`normalise`."""
+    own = [tensor for tensor in (scale, shift) if tensor is not None]
+    # On a GPU the kernel of torch is the fast path.
+    if data.device.type == "cpu" and data.numel() >= LEAST_NORM and usable(data, own):
+        return normalise(norm, data, scale, shift)
+    return plain_norm(norm, data, scale, shift)
 
 
 def plain_norm(norm: Norm, data: Tensor, scale: Tensor | None, shift: Tensor | None) -> Tensor:
@@ -770,46 +784,52 @@ class _Linear(torch.autograd.Function):
 
 
 class _Normal:
-    """Normalisation in pieces, forward or backward."""
+    """Normalisation in pieces, forward or backward. Close it, or use it in a ``with``."""
 
-    def __init__(self, norm: Norm, scale: Tensor | None, shift: Tensor | None) -> None:
-        self.norm, self.rows = norm, (scale, shift)
+    def __init__(self, norm: Norm, like: Tensor, scale: Tensor | None, shift: Tensor | None) -> None:
         self.activation = None if norm.activation is None else ACTIVATIONS[norm.activation]
         self.by_result = self.activation is not None and self.activation.by_result
-        self.scale = None if scale is None else norm.spread(scale)
-        self.shift = None if shift is None else norm.spread(shift)
-        # Stretches with one row that are worth a call for each network, and what lies between them.
-        self.runs: list[tuple[int, int, int, int]] = []  # where it begins, its length, its first row, how many rows
-        begin = 0
-        for row, length in enumerate(norm.lengths if scale is not None else ()):
-            large = length * scale.shape[-1] >= LARGE
-            if large or not self.runs or self._large(self.runs[-1]):
-                self.runs.append((begin, length, row, 1))
-            else:
-                first, before, top, count = self.runs[-1]
-                self.runs[-1] = (first, before + length, top, count + 1)
-            begin += length
-        self.sums = [
-            [scale.new_zeros(1 if self._large(run) else run[1], scale.shape[-1]) for _ in range(2)] for run in self.runs
-        ]
+        self.affine, self.relu = scale is not None, norm.activation == "relu"
+        rows = len(norm.lengths), like.shape[-1]
+        numbers = (like.new_empty(rows) if row is None else row.detach().contiguous() for row in (scale, shift))
+        self.scale, self.shift = (row.numpy() for row in numbers)
+        self.ends = np.cumsum(norm.lengths)
+        self.eps = self.scale.dtype.type(norm.eps)
+        self.workers = torch.get_num_threads()
+        self.pool = ThreadPoolExecutor(self.workers) if self.workers > 1 else None
+        self.sums = like.new_zeros(self.workers, 2, *rows)
 
-    def _large(self, run: tuple[int, int, int, int]) -> bool:
-        return run[3] == 1 and (run[1] * self.scale.shape[-1] >= LARGE or len(self.norm.lengths) == 1)
+    def __enter__(self) -> _Normal:
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        if self.pool is not None:
+            self.pool.shutdown()
+
+    def _share(self, work: Callable[..., None], tensors: Sequence[Tensor]) -> None:
+        """Calls ``work(worker, *pieces)`` with each worker's networks."""
+        if self.pool is None:
+            work(0, *(tensor.detach().numpy() for tensor in tensors))
+            return
+        shares = zip(*(tensor.detach().tensor_split(self.workers) for tensor in tensors))
+        jobs = [
+            self.pool.submit(work, worker, *(piece.numpy() for piece in share)) for worker, share in enumerate(shares)
+        ]
+        for job in jobs:
+            job.result()
 
     def forward(self, x: Tensor, out: Tensor, mean: Tensor, rstd: Tensor) -> None:
-        """[N, P, C] -> ``out``; writes the mean and the inverse standard deviation, [N, P, 1]."""
-        # Faster than torch.var_mean, and than the moments of F.layer_norm, where C is some dozens.
-        torch.mean(x, -1, keepdim=True, out=mean)
-        torch.sub(x, mean, out=out)
-        torch.linalg.vector_norm(out, dim=-1, keepdim=True, out=rstd)
-        rstd.square_().div_(x.shape[-1]).add_(self.norm.eps).rsqrt_()
-        out.mul_(rstd)
-        if self.scale is not None:
-            torch.addcmul(self.shift, out, self.scale, out=out)
-        if self.activation is not None:
+        """[N, P, C] -> ``out``; writes the mean and the inverse standard deviation, [N, P]."""
+        self._normalise(x, out, mean, rstd, self.relu)
+        if self.activation is not None and not self.relu:
             result = self.activation.inplace(out)
             if result is not out:
                 out.copy_(result)
+
+    def _normalise(self, x: Tensor, out: Tensor, mean: Tensor, rstd: Tensor, relu: bool) -> None:
+        kernel = norms()[0]
+        fixed = self.scale, self.shift, self.ends, self.eps, self.affine, relu
+        self._share(lambda worker, *pieces: kernel(*pieces, *fixed), (x, out, mean, rstd))
 
     def backward(
         self, gradient: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, result: Tensor | None, out: Tensor
@@ -819,56 +839,26 @@ class _Normal:
         Args:
             gradient: [N, P, C].
             x: [N, P, C].
-            mean: [N, P, 1].
-            rstd: [N, P, 1].
+            mean: [N, P].
+            rstd: [N, P].
             result: What :meth:`forward` wrote; needed where the activation's gradient takes it.
             out: [N, P, C].
         """
-        if self.activation is not None:
+        if self.activation is not None and not self.relu:
             if not self.by_result:
-                result = torch.sub(x, mean).mul_(rstd)
-                if self.scale is not None:
-                    torch.addcmul(self.shift, result, self.scale, out=result)
+                result = torch.empty_like(x)
+                self._normalise(x, result, torch.empty_like(mean), torch.empty_like(rstd), False)
             gradient = self.activation.gradient(gradient, result)
-        if self.scale is None:
-            out.copy_(self._kernel(gradient, x, mean, rstd, None, None)[0])
-        for run, sums in zip(self.runs, self.sums):
-            begin, length, row, _ = run
-            stretch = [tensor.narrow(1, begin, length) for tensor in (gradient, x, mean, rstd, out)]
-            if self._large(run):
-                rows = self.rows[0][row], self.rows[1][row]
-                whole = length == x.shape[1]
-                for *piece, place in [stretch] if whole else zip(*(tensor.unbind(0) for tensor in stretch)):
-                    found, *slopes = self._kernel(*piece, *rows)
-                    place.copy_(found)
-                    for total, slope in zip(sums, slopes):
-                        total[0].add_(slope)
-                continue
-            given, data, means, scales, place = stretch
-            normal = torch.sub(data, means).mul_(scales)
-            sums[0].add_(normal.mul_(given).sum(0))
-            sums[1].add_(given.sum(0))
-            torch.mul(given, self.scale.narrow(0, begin, length), out=normal)
-            place.copy_(self._kernel(normal, data, means, scales, None, None)[0])
+        kernel, sums = norms()[1], self.sums.numpy()
 
-    @staticmethod
-    def _kernel(
-        gradient: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, scale: Tensor | None, shift: Tensor | None
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        return torch.ops.aten.native_layer_norm_backward(
-            gradient, x, list(x.shape[-1:]), mean, rstd, scale, shift, [True, scale is not None, shift is not None]
-        )
+        def work(worker: int, g: Any, x: Any, y: Any, mean: Any, rstd: Any, out: Any) -> None:
+            kernel(g, x, y, mean, rstd, self.scale, self.ends, out, sums[worker], self.affine, self.relu)
+
+        self._share(work, (gradient, x, x if result is None else result, mean, rstd, out))
 
     def finish(self) -> tuple[Tensor | None, Tensor | None]:
         """Gradients of scale and shift, [rows, C]."""
-        if self.scale is None:
-            return None, None
-        found: tuple[list[Tensor], list[Tensor]] = [], []
-        for (_, _, row, count), sums in zip(self.runs, self.sums):
-            for made, total in zip(found, sums):
-                lengths = self.norm.lengths[row : row + count] if len(total) > 1 else (1,)
-                made.extend(piece.sum(0) for piece in total.split(lengths))
-        return torch.stack(found[0]), torch.stack(found[1])
+        return tuple(self.sums.sum(0)) if self.affine else (None, None)
 
 
 def _pieces(tensor: Tensor | None, pieces: list[int]) -> Sequence[Tensor | None]:
@@ -879,11 +869,11 @@ class _Normalise(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, norm: Norm, data: Tensor, scale: Tensor | None, shift: Tensor | None) -> Tensor:
         source, out = data.contiguous(), fresh(data, *data.shape)
-        mean, rstd = data.new_empty(2, *data.shape[:2], 1)
+        mean, rstd = data.new_empty(2, *data.shape[:2])
         pieces = piece_sizes(data, 2 * data.shape[-1])
-        work = _Normal(norm, scale, shift)
-        for piece in zip(*(tensor.split(pieces) for tensor in (source, out, mean, rstd))):
-            work.forward(*piece)
+        with _Normal(norm, data, scale, shift) as work:
+            for piece in zip(*(tensor.split(pieces) for tensor in (source, out, mean, rstd))):
+                work.forward(*piece)
         ctx.norm, ctx.moments, ctx.pieces = norm, (mean, rstd), pieces
         ctx.save_for_backward(data, scale, shift, out if work.by_result else None)
         return out
@@ -895,10 +885,10 @@ class _Normalise(torch.autograd.Function):
             needed = ctx.needs_input_grad[1:]
             return None, *_again(functools.partial(plain_norm, ctx.norm), (data, scale, shift), needed, gradient)
         out = fresh(data, *data.shape)
-        work = _Normal(ctx.norm, scale, shift)
         tensors = gradient.contiguous(), data.contiguous(), *ctx.moments, result, out
-        for piece in zip(*(_pieces(tensor, ctx.pieces) for tensor in tensors)):
-            work.backward(*piece)
+        with _Normal(ctx.norm, data, scale, shift) as work:
+            for piece in zip(*(_pieces(tensor, ctx.pieces) for tensor in tensors)):
+                work.backward(*piece)
         return None, out, *work.finish()
 
 
@@ -929,12 +919,12 @@ class _Block(torch.autograd.Function):
             program.bias_at,
             pieces,
         )
-        work = _Normal(norm, scale, shift)
         out = fresh(middle, *middle.shape)
-        mean, rstd = data.new_empty(2, *data.shape[:2], 1)
-        for n, piece in enumerate(zip(*(tensor.split(pieces) for tensor in (middle, out, mean, rstd)))):
-            run.piece(n)
-            work.forward(*piece)
+        mean, rstd = data.new_empty(2, *data.shape[:2])
+        with _Normal(norm, middle, scale, shift) as work:
+            for n, piece in enumerate(zip(*(tensor.split(pieces) for tensor in (middle, out, mean, rstd)))):
+                run.piece(n)
+                work.forward(*piece)
         ctx.plan, ctx.norm, ctx.pieces = plan, norm, pieces
         ctx.kept = run.operands, middle, mean, rstd
         ctx.save_for_backward(data, scale, shift, out if work.by_result else None, bias, *weights)
@@ -966,11 +956,11 @@ class _Block(torch.autograd.Function):
             to_weights,
             ctx.pieces,
         )
-        normal = _Normal(ctx.norm, scale, shift)
         tensors = gradient.contiguous(), middle, mean, rstd, result
-        for n, piece in enumerate(zip(*(_pieces(tensor, ctx.pieces) for tensor in tensors))):
-            normal.backward(*piece, scratch[: ctx.pieces[n]])
-            work.piece(n)
+        with _Normal(ctx.norm, middle, scale, shift) as normal:
+            for n, piece in enumerate(zip(*(_pieces(tensor, ctx.pieces) for tensor in tensors))):
+                normal.backward(*piece, scratch[: ctx.pieces[n]])
+                work.piece(n)
         found, of_bias = work.finish() if to_weights else ([None] * len(weights), None)
         return None, None, work.out, *normal.finish(), of_bias if needed[3] else None, *found
 

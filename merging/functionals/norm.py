@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from fleetgym.core import UserError, WeightSpec
 from fleetgym.core.errors import unknown
@@ -66,14 +66,7 @@ class NFNorm(nn.Module):
             UserError: The batch has another layout or another number of channels.
         """
         x = WeightBatch.expect(x, self.layout, self.channels, "NFNorm")
-        return x.replace(self._normalise(x.data, self.norm))
-
-    def _normalise(self, data: Tensor, norm: fast.Norm) -> Tensor:
-        own = [tensor for tensor in (self.scale, self.shift) if tensor is not None]
-        # On a GPU the kernel of torch is the fast path.
-        if data.device.type == "cpu" and fast.usable(data, own):
-            return fast.normalise(norm, data, self.scale, self.shift)
-        return fast.plain_norm(norm, data, self.scale, self.shift)
+        return x.replace(fast.normalised(self.norm, x.data, self.scale, self.shift))
 
     def extra_repr(self) -> str:  # noqa: D102 torch describes it
         return f"{self.layout!r}, channels={self.channels}, affine={self.affine!r}, eps={self.eps}"
@@ -113,9 +106,8 @@ class NFBlock(nn.Module):
         """
         linear, norm = self.linear, self.norm
         x = WeightBatch.expect(x, linear.layout, linear.c_in, type(linear).__name__)
-        own = [tensor for tensor in self.parameters()]
-        if fast.worthwhile(linear.plan, x.data, linear.c_out, own):
+        if fast.worthwhile(linear.plan, x.data, linear.c_out, list(self.parameters())):
             weights = list(linear.weights)
             data = fast.block(linear.plan, x.data, weights, linear.bias, self._norm, norm.scale, norm.shift)
             return x.replace(data)
-        return x.replace(norm._normalise(linear(x).data, self._norm))
+        return x.replace(fast.normalised(self._norm, linear(x).data, norm.scale, norm.shift))

@@ -175,8 +175,8 @@ def test_where_the_fast_path_is_not_taken(monkeypatch, change):
 @pytest.mark.parametrize("activation", [None, "relu", "gelu", "silu", "tanh"])
 @pytest.mark.parametrize("affine", [None, "part", "shared"])
 def test_block_is_its_three_layers(monkeypatch, affine, activation):
+    monkeypatch.setattr(fast, "LEAST_NORM", 0)
     monkeypatch.setattr(fast, "PIECE_BYTES", 4096)
-    monkeypatch.setattr(fast, "LARGE", 50)  # the matrix of 20 scalars with 4 channels by itself, the others together
     monkeypatch.setattr(fast, "LEAST", 0)
     layer, x = drawn(NFLinear(chain(2, 5, 4, 1), 3, 4))
     block = NFBlock(layer, NFNorm(layer.layout, 4, affine).double(), activation)
@@ -196,6 +196,24 @@ def test_block_is_its_three_layers(monkeypatch, affine, activation):
         return plain[activation](middle)
 
     compare(lambda: block(WeightBatch(layer.layout, x)).data, separately, [x, *block.parameters()])
+
+
+@pytest.mark.parametrize("activation", ["relu", "gelu"])
+def test_several_threads_give_what_one_gives(monkeypatch, activation):
+    monkeypatch.setattr(fast, "LEAST", 0)
+    layer, x = drawn(NFLinear(chain(2, 5, 4, 1), 3, 4))
+    block = NFBlock(layer, NFNorm(layer.layout, 4).double(), activation)
+    threads = torch.get_num_threads()
+    try:
+        found = []
+        for count in (1, 3):
+            torch.set_num_threads(count)
+            out = block(WeightBatch(layer.layout, x)).data
+            found.append([out, *torch.autograd.grad(out.square().sum(), [x, *block.parameters()])])
+    finally:
+        torch.set_num_threads(threads)
+    for one, several in zip(*found):
+        torch.testing.assert_close(one, several, rtol=1e-12, atol=1e-12)
 
 
 def test_block_under_transforms_and_twice_differentiated(monkeypatch):

@@ -3,7 +3,7 @@ import torch
 from torch import nn
 
 from fleetgym.core import UserError, WeightSpec
-from fleetgym.merging.functionals import NFLinear, NFNorm, WeightBatch
+from fleetgym.merging.functionals import NFLinear, NFNorm, WeightBatch, fast
 from fleetgym.merging.functionals.norm import NFBlock
 
 
@@ -21,7 +21,9 @@ def batch(spec, channels, seed=0, dtype=torch.float64):
 
 @pytest.mark.parametrize("dtype, error", [(torch.float64, 1e-12), (torch.float32, 1e-5)])
 @pytest.mark.parametrize("affine", [None, "shared"])
-def test_it_is_layer_norm(spec, affine, dtype, error):
+@pytest.mark.parametrize("least", [0, 1 << 17], ids=["compiled", "plain"])
+def test_it_is_layer_norm(monkeypatch, spec, least, affine, dtype, error):
+    monkeypatch.setattr(fast, "LEAST_NORM", least)
     x, norm = batch(spec, 6, dtype=dtype), NFNorm(spec, 6, affine).to(dtype)
     if affine is not None:
         with torch.no_grad():
@@ -37,7 +39,9 @@ def test_it_is_layer_norm(spec, affine, dtype, error):
         torch.testing.assert_close(a, b, rtol=10 * error, atol=10 * error)
 
 
-def test_each_part_has_its_scale_and_shift(spec):
+@pytest.mark.parametrize("least", [0, 1 << 17], ids=["compiled", "plain"])
+def test_each_part_has_its_scale_and_shift(monkeypatch, spec, least):
+    monkeypatch.setattr(fast, "LEAST_NORM", least)
     x, norm = batch(spec, 3), NFNorm(spec, 3).double()
     plain = NFNorm(spec, 3, None)(x)
     with torch.no_grad():
@@ -63,7 +67,9 @@ def test_it_commutes_with_the_symmetry(spec):
     assert not torch.allclose(norm(x.replace(x.data[:, wrong])).data, norm(x).data[:, wrong])
 
 
-def test_equal_channels_have_finite_gradients(spec):
+@pytest.mark.parametrize("least", [0, 1 << 17], ids=["compiled", "plain"])
+def test_equal_channels_have_finite_gradients(monkeypatch, spec, least):
+    monkeypatch.setattr(fast, "LEAST_NORM", least)
     x, norm = batch(spec, 4), NFNorm(spec, 4).double()
     data = x.data[..., :1].expand(-1, -1, 4).clone().requires_grad_()
     out = norm(x.replace(data)).data
@@ -72,7 +78,16 @@ def test_equal_channels_have_finite_gradients(spec):
     assert torch.isfinite(slope).all()
 
 
-def test_second_derivatives_and_transforms(spec):
+def test_nan_stays_where_it_is(monkeypatch, spec):
+    monkeypatch.setattr(fast, "LEAST_NORM", 0)
+    x = batch(spec, 4)
+    x.data[1, 2, 3] = float("nan")
+    found = fast.normalise(fast.Norm((x.layout.size,), 1e-5, "relu"), x.data, None, None)
+    assert found[1, 2].isnan().all() and found.isnan().sum() == 4
+
+
+def test_second_derivatives_and_transforms(monkeypatch, spec):
+    monkeypatch.setattr(fast, "LEAST_NORM", 0)
     x, norm = batch(spec, 3), NFNorm(spec, 3, eps=0.1).double()
 
     def function(data, scale, shift):
