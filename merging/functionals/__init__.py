@@ -20,6 +20,7 @@ _HOME = {
     "NFAttention": "attention",
     "NFLinear": "linear",
     "NFN": "models",
+    "NFBlock": "norm",
     "NFNorm": "norm",
     "NFPool": "pool",
     "NFT": "models",
