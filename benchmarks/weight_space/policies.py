@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from fleetgym.benchmarks.weight_space.reading import read, reader
+from fleetgym.benchmarks.weight_space.reading import SIGNS, read, reader
 from fleetgym.benchmarks.weight_space.task import Job, check_positive
 from fleetgym.benchmarks.zoos import make_zoo
 from fleetgym.core.errors import UserError, unknown
@@ -26,7 +26,7 @@ class Policy:
         probes: How many inputs ``probes`` learns.
         dropout: See the models.
         weight_decay: Of AdamW.
-        flips: Whether training negates hidden units at random; behind tanh a policy does the same then.
+        signs: Of hidden units, which mean nothing behind tanh; see ``reading.SIGNS``.
     """
 
     name: ClassVar[str] = "policy"
@@ -46,10 +46,12 @@ class Policy:
     probes: int = 64
     dropout: float = 0.0
     weight_decay: float = 0.01
-    flips: bool = True
+    signs: str = "flip"
 
     def __post_init__(self) -> None:
         check_positive(self, "steps", "batch_size", "channels", "layers", "width", "probes")
+        if self.signs not in SIGNS:
+            raise unknown(f"setting of {self.name}.signs", self.signs, SIGNS)
         if self.policies < 30:
             raise UserError(f"{self.name}.policies={self.policies}: at least 30, for three splits")
 
@@ -90,7 +92,7 @@ class Policy:
             learning_rate=self.learning_rate,
             batch_size=self.batch_size,
             weight_decay=self.weight_decay,
-            flips=self.flips,
+            signs=self.signs,
         )
 
     def probe(self) -> tuple[int, ...]:

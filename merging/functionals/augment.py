@@ -11,12 +11,12 @@ from fleetgym.merging.functionals.batch import WeightBatch
 from fleetgym.merging.functionals.layout import Layout
 
 
-class SignFlips:
-    """Negates random hidden units of each network: behind an odd activation such as tanh nothing else changes.
+class Signs:
+    """Negates hidden units of each network: behind an odd activation such as tanh or a sine nothing else changes.
 
-    Equivariant layers know the order of units for what it is, but not their signs; a perceptron on statistics knows
-    neither. What a model reads should not depend on them. It is the sign part of ``WeightSpec.random``, drawn for a
-    whole batch at once.
+    Equivariant layers know that the order of units means nothing, but not that their signs mean nothing. Either the
+    signs are drawn anew for each batch (:meth:`flip`), or all networks are given the signs that make their biases
+    positive (:meth:`canonical`), which leaves fewer networks to learn from and jumps where a bias is near zero.
 
     Args:
         spec: The symmetry with its signs, or a layout.
@@ -52,14 +52,39 @@ class SignFlips:
             columns.append(rows.flatten(1))
         index = torch.cat(columns, 1)[:, self.layout.index]
         self.index = index[(index != units).any(1)]
+        # Of each unit the first scalar of a vector that is negated with it and nothing else: its bias.
+        vectors = torch.cat(
+            [torch.full((part.length,), len(self.layout.shapes[part.key]) == 1) for part in self.layout]
+        )
+        alone = (index != units).sum(0) == 1
+        owner = torch.where(alone & vectors, index.min(0).values, units).numpy()
+        found, first = np.unique(owner, return_index=True)
+        first = first[found < units]
+        self._biases = torch.from_numpy(first) if len(first) == units else None
 
-    def __call__(self, x: WeightBatch, rng: np.random.Generator) -> WeightBatch:
-        """[B, P, C] to [B, P, C]."""
-        WeightBatch.expect(x, self.layout, None, "SignFlips")
+    def flip(self, x: WeightBatch, rng: np.random.Generator) -> WeightBatch:
+        """Random signs, those of each network its own: [B, P, C] to [B, P, C]."""
         signs = torch.ones(len(x), self.units + 1)
         signs[:, : self.units] -= 2 * torch.from_numpy(rng.integers(2, size=(len(x), self.units)))
+        return self._multiplied(x, signs)
+
+    def canonical(self, x: WeightBatch) -> WeightBatch:
+        """The signs with which no bias is negative: [B, P, 1] to [B, P, 1].
+
+        Raises:
+            UserError: A unit has no bias, or the batch has several channels.
+        """
+        WeightBatch.expect(x, self.layout, 1, "Signs")
+        if self._biases is None:
+            raise UserError("some units that may be negated have no bias, which would settle their signs; use flip()")
+        signs = torch.ones(len(x), self.units + 1, device=x.data.device)
+        signs[:, : self.units] -= 2 * (x.data[:, self._biases, 0] < 0).to(signs)
+        return self._multiplied(x, signs)
+
+    def _multiplied(self, x: WeightBatch, signs: Tensor) -> WeightBatch:
+        WeightBatch.expect(x, self.layout, None, "Signs")
         factors: Tensor | None = None
         for row in self.index:
-            found = signs[:, row]
+            found = signs[:, row.to(signs.device)]
             factors = found if factors is None else factors * found
         return x.replace(x.data * factors[..., None].to(x.data))
