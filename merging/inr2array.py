@@ -154,6 +154,7 @@ class Inr2Array(Reader):
         outputs: Numbers at a coordinate.
         hidden: Widths of a patch's SIREN.
         decoder_width: Width of the hypernetworks.
+        omega: Frequency of a patch's SIREN; 30 suits images of tens of pixels, a few suit fewer.
 
     Raises:
         UserError: A number below one, or heads that do not divide the width and the size.
@@ -175,6 +176,7 @@ class Inr2Array(Reader):
         outputs: int = 1,
         hidden: Sequence[int] = (32, 32),
         decoder_width: int = 256,
+        omega: float = 30.0,
     ) -> None:
         spec = spec if isinstance(spec, WeightSpec) else WeightSpec.from_dict(spec)
         for name, value in {"grid": grid, "blocks": blocks}.items():
@@ -194,10 +196,11 @@ class Inr2Array(Reader):
             "outputs": outputs,
             "hidden": list(hidden),
             "decoder_width": decoder_width,
+            "omega": omega,
         }
         self.body = nft_body(self.layout, 1, width, blocks, heads, factor, frequencies, scale)
         self.pool = QueryPool(self.layout, width, grid**2, size, heads)
-        self.decoder = PatchDecoder(size, grid, outputs, hidden, decoder_width)
+        self.decoder = PatchDecoder(size, grid, outputs, hidden, decoder_width, omega)
 
     def encode(self, x: WeightBatch) -> Tensor:
         """Latents, [B, M, D]."""
