@@ -33,9 +33,9 @@ from torch.nn import functional
 from fleetgym.merging.functionals.kernels import norms
 from fleetgym.merging.functionals.partitions import Plan
 
-# What a piece of the batch may take on a CPU, input and output together. Of 0.3 to 16 MB the best on a core with 1 MB
-# of second-level cache and a share of 32 MB; half and twice as much cost less than 5 %.
-PIECE_BYTES = 4 << 20
+# What a piece of the batch may take on a CPU, input and output together. It should stay in the last cache, of which a
+# core had 32 MB; a piece costs some dozens of calls, and 4 MB took 10 % longer than 12, 40 MB as long.
+PIECE_BYTES = 12 << 20
 # Scalars of input and output together under which the plain path is as fast: each piece costs some dozens of calls.
 LEAST = 1 << 21
 # Scalars from which the compiled normalisation is worth the time in which it is loaded.
@@ -465,13 +465,14 @@ def piece_sizes(data: Tensor, width: int) -> list[int]:
         return [batch]
     each = data.shape[1] * width * data.element_size()
     size = max(1, min(batch, PIECE_BYTES * torch.get_num_threads() // each))
+    size = -(-batch // -(-batch // size))  # as many pieces, but of one size
     return [size] * (batch // size) + [batch % size] * (batch % size > 0)
 
 
 def _cut(tensor: Tensor, sizes: Sequence[int], step: int = 1) -> list[Tensor]:
     """A tensor's pieces along the batch; a scratch tensor, as long as one piece, is the same one for all."""
-    if len(tensor) >= sum(sizes) * step:
-        return list(tensor.split([size * step for size in sizes]))
+    if tensor.shape[0] >= sum(sizes) * step:
+        return list(torch.split_with_sizes(tensor, [size * step for size in sizes]))
     whole = tensor.narrow(0, 0, sizes[0] * step)
     return [whole if size == sizes[0] else tensor.narrow(0, 0, size * step) for size in sizes]
 
@@ -485,7 +486,7 @@ class _Worker:
     """
 
     def __init__(self, like: Tensor, *channels: int) -> None:
-        self.kernel = None
+        self.kernel, self._zeros = None, {}
         if like.device.type == "cpu":
             from fleetgym.merging.functionals import products
 
@@ -526,9 +527,8 @@ class _Worker:
         if self.kernel is None:
             _plain_product(out, a, b, first, second)
             return
-        zero = None if second is not None else out.new_zeros(1, 1, 1, out.shape[-1])
-        given = out, a, b, zero if first is None else first, zero if second is None else second
-        arrays = [tensor.numpy() for tensor in given]
+        added = [self.zeros(out) if tensor is None else tensor.numpy() for tensor in (first, second)]
+        arrays = [out.numpy(), a.numpy(), b.numpy(), *added]
         if self.pool is None or a.numel() * out.shape[-1] < LEAST_SHARED:
             self.kernel(*arrays)
             return
@@ -549,9 +549,19 @@ class _Worker:
             columns: Where to write those over I, [N, J, 1, C].
             x: [N, I, J, C].
         """
-        ones, zeros = x.new_ones(1, 1, 1, max(x.shape[1:3])).numpy(), x.new_zeros(1, 1, 1, x.shape[3]).numpy()
-        shares = zip(*(np.array_split(tensor.numpy(), self.threads) for tensor in (rows, columns, x)))
-        self.run(self._sums, [(*share, ones, zeros) for share in shares])
+        arrays = [tensor.numpy() for tensor in (rows, columns, x)]
+        fixed = np.ones((1, 1, 1, max(x.shape[1:3])), arrays[0].dtype), self.zeros(x)
+        if self.pool is None:
+            self._sums(*arrays, *fixed)
+            return
+        self.run(self._sums, [(*cut, *fixed) for cut in zip(*(np.array_split(a, self.threads) for a in arrays))])
+
+    def zeros(self, like: Tensor) -> Any:
+        """[1, 1, 1, Q] of Q columns."""
+        width = like.shape[-1]
+        if width not in self._zeros:
+            self._zeros[width] = like.new_zeros(1, 1, 1, width).numpy()
+        return self._zeros[width]
 
 
 def _plain_product(out: Tensor, a: Tensor, b: Tensor, first: Tensor | None, second: Tensor | None) -> None:
@@ -803,9 +813,7 @@ class _Gradient:
         self.out = fresh(data, *data.shape) if to_data else None
         inputs, outputs = program.inputs, program.outputs
         turned = [weight.t().contiguous() if worker.kernel is not None else weight.t() for weight in weights]
-        self.back = _Pass(
-            outputs, inputs, program.sizes, gradient, self.out, turned, None, None, pieces, worker, False
-        )
+        self.back = _Pass(outputs, inputs, program.sizes, gradient, self.out, turned, None, None, pieces, worker, False)
         self.channels = data.shape[-1], gradient.shape[-1]
         if not to_weights:
             return
@@ -929,9 +937,7 @@ class _Linear(torch.autograd.Function):
 class _Normal:
     """Normalisation in pieces, forward or backward."""
 
-    def __init__(
-        self, norm: Norm, like: Tensor, scale: Tensor | None, shift: Tensor | None, worker: _Worker
-    ) -> None:
+    def __init__(self, norm: Norm, like: Tensor, scale: Tensor | None, shift: Tensor | None, worker: _Worker) -> None:
         self.activation = None if norm.activation is None else ACTIVATIONS[norm.activation]
         self.by_result = self.activation is not None and self.activation.by_result
         self.affine, self.relu = scale is not None, norm.activation == "relu"

@@ -1,8 +1,8 @@
 """Products of many small matrices with what is added to them, compiled by numba.
 
-A tile of the result stays in registers while the products are added up in it, from the sum of two given tensors on: what
-is constant along an axis is added at no cost in memory, and the result is written once. Import this module only where
-it is used; numba takes a second.
+A tile of the result stays in registers while products are added up in it, from the sum of two given tensors on: what is
+constant along an axis is added at no cost in memory, and the result is written once. Import this module only where it
+is used; numba takes a second.
 """
 
 from __future__ import annotations
@@ -67,7 +67,17 @@ def _tile(
         sums = {at: cgutils.alloca_once(builder, vector) for at in tile}
         for at in tile:
             builder.store(builder.fadd(read(first, first_row, *at), read(second, second_row, *at)), sums[at])
+        # The rows after these of an a that lies row by row are fetched meanwhile.
+        after = builder.add(a, builder.mul(a_row, ir.Constant(a_row.type, height)))
+        along = builder.icmp_signed("==", a_step, ir.Constant(a_step.type, size))
+        ahead = builder.select(along, ir.Constant(a_step.type, height * size), ir.Constant(a_step.type, 0))
+        byte, flag = ir.IntType(8).as_pointer(), ir.IntType(32)
+        fetch = cgutils.get_or_insert_function(
+            builder.module, ir.FunctionType(ir.VoidType(), [byte, flag, flag, flag]), "llvm.prefetch.p0i8"
+        )
         with cgutils.for_range(builder, depth) as loop:
+            there = builder.inttoptr(builder.add(after, builder.mul(loop.index, ahead)), byte)
+            builder.call(fetch, [there, flag(0), flag(3), flag(1)])
             x = builder.add(a, builder.mul(loop.index, a_step))
             y = builder.add(b, builder.mul(loop.index, b_step))
             right = [read(y, b_step, 0, v) for v in range(width)]
@@ -88,24 +98,26 @@ def _panel(vectors: int) -> Any:
     """Tiles below one another, over as many columns as there are numbers in ``vectors`` vectors."""
 
     @njit
-    def panel(like, height, out, out_row, first, first_row, second, second_row, a, a_row, a_step, b, b_step, depth):  # noqa: ANN001, ANN202
+    def panel(
+        like: Any, height: Any, out: Any, first: Any, second: Any, a: Any, a_step: Any, b: Any, depth: Any
+    ) -> None:
+        o, f, s, x = out[0], first[0], second[0], a[0]
         while height > 0:
             # Of the heights that are compiled the tallest that fits: 24 of the 32 registers of AVX-512 hold sums.
             if height >= 6:
                 rows = 6
-                _tile(6, vectors, like, out, out_row, first, first_row, second, second_row, a, a_row, a_step, b, b_step, depth)
+                _tile(6, vectors, like, o, out[1], f, first[1], s, second[1], x, a[1], a_step, b[0], b[1], depth)
             elif height >= 4:
                 rows = 4
-                _tile(4, vectors, like, out, out_row, first, first_row, second, second_row, a, a_row, a_step, b, b_step, depth)
+                _tile(4, vectors, like, o, out[1], f, first[1], s, second[1], x, a[1], a_step, b[0], b[1], depth)
             elif height >= 2:
                 rows = 2
-                _tile(2, vectors, like, out, out_row, first, first_row, second, second_row, a, a_row, a_step, b, b_step, depth)
+                _tile(2, vectors, like, o, out[1], f, first[1], s, second[1], x, a[1], a_step, b[0], b[1], depth)
             else:
                 rows = 1
-                _tile(1, vectors, like, out, out_row, first, first_row, second, second_row, a, a_row, a_step, b, b_step, depth)
+                _tile(1, vectors, like, o, out[1], f, first[1], s, second[1], x, a[1], a_step, b[0], b[1], depth)
             height -= rows
-            out, first, second = out + rows * out_row, first + rows * first_row, second + rows * second_row
-            a += rows * a_row
+            o, f, s, x = o + rows * out[1], f + rows * first[1], s + rows * second[1], x + rows * a[1]
 
     return panel
 
@@ -114,11 +126,10 @@ _wide, _slim = _panel(4), _panel(1)
 
 
 @njit
-def _place(tensor: Any, n: int, i: int, j: int, q: int) -> Any:
-    """The address of an entry, and the step to the next j, both in bytes; an axis of size 1 is broadcast."""
+def _place(tensor: Any, n: int, i: int, q: int) -> Any:
+    """The address of the entry (n, i, 0, q), and the step to the next row in bytes; an axis of size 1 is broadcast."""
     shape, strides = tensor.shape, tensor.strides
-    at = tensor.ctypes.data + q * strides[3]
-    at += (shape[0] > 1) * n * strides[0] + (shape[1] > 1) * i * strides[1] + (shape[2] > 1) * j * strides[2]
+    at = tensor.ctypes.data + (shape[0] > 1) * n * strides[0] + (shape[1] > 1) * i * strides[1] + q * strides[3]
     return at, (shape[2] > 1) * strides[2]
 
 
@@ -126,25 +137,22 @@ def _multiply(out: Any, a: Any, b: Any, first: Any, second: Any) -> None:
     lanes = VECTOR_BYTES // out.itemsize
     zero = np.zeros(4 * lanes, out.dtype)
     networks, groups, height, columns = out.shape
-    depth = a.shape[3]
+    depth, step = a.shape[3], a.strides[3]
     for n in range(networks):
         for i in range(groups):
             column = 0
             while column < columns:
                 wide = column + 4 * lanes <= columns
-                o, o_row = _place(out, n, i, 0, column)
-                f, f_row = _place(first, n, i, 0, column)
-                s, s_row = _place(second, n, i, 0, column)
-                for k in range(0, depth, DEPTH):
+                o, f, s = _place(out, n, i, column), _place(first, n, i, column), _place(second, n, i, column)
+                for k in range(0, max(depth, 1), DEPTH):
                     if k > 0:
-                        f, f_row, s, s_row = o, o_row, zero.ctypes.data, 0
-                    x, x_row = _place(a, n, i, 0, k)
-                    y, y_row = _place(b, n, i, k, column)
-                    some = min(DEPTH, depth - k)
+                        f, s = o, (zero.ctypes.data, 0)
+                    x, y, some = _place(a, n, i, k), _place(b, n, i, column), min(DEPTH, depth - k)
+                    y = y[0] + k * y[1], y[1]
                     if wide:
-                        _wide(out, height, o, o_row, f, f_row, s, s_row, x, x_row, a.strides[3], y, y_row, some)
+                        _wide(out, height, o, f, s, x, step, y, some)
                     else:
-                        _slim(out, height, o, o_row, f, f_row, s, s_row, x, x_row, a.strides[3], y, y_row, some)
+                        _slim(out, height, o, f, s, x, step, y, some)
                 column += 4 * lanes if wide else lanes
 
 
@@ -183,7 +191,7 @@ def multiply(kind: str) -> Callable[..., None]:
 
 @functools.cache
 def sums(kind: str) -> Callable[..., None]:
-    """Sums along each of two axes, as products with ones: one pass over memory, the second finds a network in the cache.
+    """Sums along each of two axes, as products with ones; the second pass finds a network in the processor's cache.
 
     It is called with where to write the sums over J [N, I, 1, C] and over I [N, J, 1, C], then x [N, I, J, C], ones and
     zeros, both [1, 1, 1, as many as needed]. C is as Q of :func:`multiply`.
