@@ -53,7 +53,8 @@ PACKAGES = {
     "cli": ({"tyro"}, None),  # None: anything
     "root": (set(), set()),
 }
-# A world's own folder may import its simulator at the top: whoever imports it wants that world. So may Flower's.
+# A world's own folder may import its simulator at the top: whoever imports it wants that world. So may Flower's, and
+# what is compiled.
 WORLDS = {
     "envs/fields/": {"numba", "torch"},
     "envs/meta_world/": {"mujoco", "metaworld", "scipy", "numba"},
@@ -62,6 +63,7 @@ WORLDS = {
     "envs/rendering.py": {"mujoco"},
     "merging/federated.py": {"flwr", "safetensors"},
     "merging/fleet_link.py": {"cryptography", "flwr", "httpx", "uvicorn"},
+    "merging/functionals/products.py": {"llvmlite", "numba"},
 }
 
 

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from fleetgym.core import UserError, WeightSpec
 from fleetgym.merging.functionals.batch import WeightBatch
+from fleetgym.merging.functionals.fast import fresh
 from fleetgym.merging.functionals.layout import Layout
 
 _CACHE_BYTES = 4 * 2**20  # of queries, keys and values at a time: what stays near the core
@@ -66,7 +67,7 @@ class _Room:
     def __call__(self, name: Any, like: Tensor, *shape: int) -> Tensor:
         """What has this name, of the type of ``like``; its values are undefined."""
         if name not in self._tensors or self._tensors[name].shape != shape:
-            self._tensors[name] = like.new_empty(shape)
+            self._tensors[name] = fresh(like, *shape)
         return self._tensors[name]
 
 
@@ -330,7 +331,7 @@ class _Blocks(torch.autograd.Function):
         ctx.layer = layer
         ctx.save_for_backward(data, *parameters)
         size = layer._block(data)
-        out = torch.empty_like(data, memory_format=torch.contiguous_format)
+        out = fresh(data, *data.shape)
         room = _Room()
         for x, y in zip(data.split(size), out.split(size)):
             layer._forward_block(x, parameters, y, room)
@@ -347,7 +348,7 @@ class _Blocks(torch.autograd.Function):
             first, *rest = [next(found) if want else None for want in wanted]
             return first, None, *rest
         grad_parameters = [torch.zeros_like(p) for p in parameters]
-        grad_data = torch.empty_like(data, memory_format=torch.contiguous_format) if wanted[0] else None
+        grad_data = fresh(data, *data.shape) if wanted[0] else None
         size = layer._block(data)
         pieces = [None] * len(data) if grad_data is None else grad_data.split(size)
         room = _Room()

@@ -18,7 +18,7 @@ import ctypes
 import functools
 import mmap
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from math import prod
@@ -33,13 +33,15 @@ from torch.nn import functional
 from fleetgym.merging.functionals.kernels import norms
 from fleetgym.merging.functionals.partitions import Plan
 
-# What a piece of the batch may take on a CPU, input and output together. Of 0.3 to 16 MB the best on a core with 1 MB
-# of second-level cache and a share of 32 MB; half and twice as much cost less than 5 %.
-PIECE_BYTES = 4 << 20
+# What a piece of the batch may take on a CPU, input and output together. It should stay in the last cache, of which a
+# core had 32 MB; a piece costs some dozens of calls, and 4 MB took 10 % longer than 12, 40 MB as long.
+PIECE_BYTES = 12 << 20
 # Scalars of input and output together under which the plain path is as fast: each piece costs some dozens of calls.
 LEAST = 1 << 21
 # Scalars from which the compiled normalisation is worth the time in which it is loaded.
 LEAST_NORM = 1 << 17
+# Multiplications from which a product is shared among threads: handing it to one takes as long as a million.
+LEAST_SHARED = 1 << 22
 # Bytes from which a tensor is worth huge pages, several of them at 2 MB each.
 HUGE = 4 << 20
 
@@ -294,6 +296,12 @@ class _End:
             source = min(above, key=lambda found: prod(size[b] for b in found[2].kept), default=None)
             self.steps.append(_Step(p, i, None if source is None else source[:2]))
             before.append((p, i, slot))
+        # Of parts with two axes where both are wanted, what the sums along the second and along the first fill.
+        self.pairs: dict[int, tuple[tuple[int, int], tuple[int, int]]] = {}
+        for part in range(len(parts)):
+            before = {slot.kept: (p, i) for p, i, slot in filled.get((part, (0, 1)), ())}
+            if (0,) in before and (1,) in before:
+                self.pairs[part] = before[0,], before[1,]
         # What is added to what before a part is written, small to large; and what then remains.
         self.additions: list[tuple[tuple[int, int], tuple[int, int]]] = []
         self.rest: list[dict[tuple[int, ...], list[tuple[int, int]]]] = [{} for _ in parts]
@@ -457,23 +465,124 @@ def piece_sizes(data: Tensor, width: int) -> list[int]:
         return [batch]
     each = data.shape[1] * width * data.element_size()
     size = max(1, min(batch, PIECE_BYTES * torch.get_num_threads() // each))
+    size = -(-batch // -(-batch // size))  # as many pieces, but of one size
     return [size] * (batch // size) + [batch % size] * (batch % size > 0)
 
 
 def _cut(tensor: Tensor, sizes: Sequence[int], step: int = 1) -> list[Tensor]:
     """A tensor's pieces along the batch; a scratch tensor, as long as one piece, is the same one for all."""
-    if len(tensor) >= sum(sizes) * step:
-        return list(tensor.split([size * step for size in sizes]))
+    if tensor.shape[0] >= sum(sizes) * step:
+        return list(torch.split_with_sizes(tensor, [size * step for size in sizes]))
     whole = tensor.narrow(0, 0, sizes[0] * step)
     return [whole if size == sizes[0] else tensor.narrow(0, 0, size * step) for size in sizes]
 
 
-def _accumulate(out: Tensor, a: Tensor, b: Tensor) -> None:
-    """``out += a @ b`` for each network: [N, M, Q] += [N, M, K] @ [K, Q]."""
+class _Worker:
+    """What multiplies: torch, or compiled functions on a CPU. Close it, or use it in a ``with``.
+
+    Args:
+        like: A tensor of the type and on the device that all others have.
+        channels: What all widths of matrices are multiples of.
+    """
+
+    def __init__(self, like: Tensor, *channels: int) -> None:
+        self.kernel, self._zeros = None, {}
+        if like.device.type == "cpu":
+            from fleetgym.merging.functionals import products
+
+            if products.worthwhile() and not any(c * like.element_size() % products.VECTOR_BYTES for c in channels):
+                kind = str(like.dtype).removeprefix("torch.")
+                self.kernel, self._sums = products.multiply(kind), products.sums(kind)
+        self.threads = torch.get_num_threads() if like.device.type == "cpu" else 1
+        self.pool = ThreadPoolExecutor(self.threads) if self.threads > 1 else None
+
+    def __enter__(self) -> _Worker:
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        if self.pool is not None:
+            self.pool.shutdown()
+
+    def run(self, work: Callable[..., None], shares: Iterable[Sequence[Any]]) -> None:
+        """Calls ``work`` with each of the shares, in threads where there are several."""
+        if self.pool is None:
+            for share in shares:
+                work(*share)
+            return
+        for job in [self.pool.submit(work, *share) for share in shares]:
+            job.result()
+
+    def multiply(
+        self, out: Tensor, a: Tensor, b: Tensor, first: Tensor | None = None, second: Tensor | None = None
+    ) -> None:
+        """``out = first + second + a @ b``.
+
+        Args:
+            out: [N, I, J, Q].
+            a: [N, I, J, K].
+            b: [N or 1, 1, K, Q].
+            first: Broadcast to the shape of ``out``, or ``out`` itself.
+            second: As ``first``; only with it.
+        """
+        if self.kernel is None:
+            _plain_product(out, a, b, first, second)
+            return
+        added = [self.zeros(out) if tensor is None else tensor.numpy() for tensor in (first, second)]
+        arrays = [out.numpy(), a.numpy(), b.numpy(), *added]
+        if self.pool is None or a.numel() * out.shape[-1] < LEAST_SHARED:
+            self.kernel(*arrays)
+            return
+        axis = 0 if len(out) > 1 else 2  # b has no rows of the result
+        cut = [
+            np.array_split(array, self.threads, axis)
+            if array.shape[axis] > 1 and not (axis == 2 and place == 2)
+            else [array] * self.threads
+            for place, array in enumerate(arrays)
+        ]
+        self.run(self.kernel, zip(*cut))
+
+    def sums(self, rows: Tensor, columns: Tensor, x: Tensor) -> None:
+        """Sums along either axis, by the compiled functions.
+
+        Args:
+            rows: Where to write those over J, [N, I, 1, C].
+            columns: Where to write those over I, [N, J, 1, C].
+            x: [N, I, J, C].
+        """
+        arrays = [tensor.numpy() for tensor in (rows, columns, x)]
+        fixed = np.ones((1, 1, 1, max(x.shape[1:3])), arrays[0].dtype), self.zeros(x)
+        if self.pool is None:
+            self._sums(*arrays, *fixed)
+            return
+        self.run(self._sums, [(*cut, *fixed) for cut in zip(*(np.array_split(a, self.threads) for a in arrays))])
+
+    def zeros(self, like: Tensor) -> Any:
+        """[1, 1, 1, Q] of Q columns."""
+        width = like.shape[-1]
+        if width not in self._zeros:
+            self._zeros[width] = like.new_zeros(1, 1, 1, width).numpy()
+        return self._zeros[width]
+
+
+def _plain_product(out: Tensor, a: Tensor, b: Tensor, first: Tensor | None, second: Tensor | None) -> None:
+    """:meth:`_Worker.multiply` by torch."""
+    if second is not None:
+        first = torch.add(first.expand_as(out), second, out=out)
+    if len(out) == out.shape[1] == 1:
+        if first is None:
+            torch.mm(a[0, 0], b[0, 0], out=out[0, 0])
+        else:
+            torch.addmm(first[0, 0], a[0, 0], b[0, 0], out=out[0, 0])
+        return
+    if first is None:
+        out.zero_()
+    elif first is not out:
+        out.copy_(first)
+    a, b, out = a.flatten(1, 2), b[:, 0], out.view(len(out), -1, out.shape[-1])
     if len(out) == 1:
-        out[0].addmm_(a[0], b)
+        out[0].addmm_(a[0], b[0])
     else:
-        out.baddbmm_(a, b.expand(len(out), *b.shape))
+        out.baddbmm_(a, b.expand(len(out), *b.shape[1:]))
 
 
 class _Wide:
@@ -514,6 +623,8 @@ class _Pass:
         bias: [C' * sum of folds] or None.
         bias_at: The product that adds the bias; without one it is added to the output.
         pieces: The number of networks of each piece.
+        worker: What multiplies.
+        keep: Whether the operands of all pieces are kept.
     """
 
     def __init__(
@@ -527,14 +638,22 @@ class _Pass:
         bias: Tensor | None,
         bias_at: int | None,
         pieces: list[int],
+        worker: _Worker,
+        keep: bool,
     ) -> None:
-        self.source, self.target, self.pieces, self.weights = source, target, pieces, weights
-        channels, batch, most = data.shape[-1], sum(pieces), pieces[0]
+        self.source, self.target, self.worker = source, target, worker
+        channels, most = data.shape[-1], pieces[0]
+        kept = sum(pieces) if keep else most
         products = range(len(sizes))
         narrow = [p for p in products if not source.wide[p]]
-        # Operands of narrow products are kept: they make the gradients of the weights.
+        # Operands of narrow products make the gradients of the weights.
         self.operands: list[Tensor | None] = [
-            None if source.wide[p] else data.new_empty(batch, *sizes[p], source.widths[p] * channels) for p in products
+            None if source.wide[p] else data.new_empty(kept, *sizes[p], source.widths[p] * channels) for p in products
+        ]
+        rows = [prod(size) for size in sizes]
+        self.rows = [
+            None if operand is None else [piece[None, None] for piece in _cut(operand.flatten(0, -2), pieces, count)]
+            for operand, count in zip(self.operands, rows)
         ]
         views = source.views(data)
         self.gather: list[tuple[list[Tensor], list[Tensor], list[int]]] = []
@@ -543,7 +662,15 @@ class _Pass:
             for p in narrow
             for i, slot in enumerate(source.slots[p])
         }
+        # Of parts whose sums along either axis are wanted: where the two go, and the part.
+        self.pairs: list[tuple[list[Tensor], list[Tensor], list[Tensor]]] = []
+        paired: set[tuple[int, int]] = set()
+        for part, pair in source.pairs.items() if worker.kernel is not None else ():
+            self.pairs.append((*(_cut(slots[at].unsqueeze(2), pieces) for at in pair), _cut(views[part], pieces)))
+            paired.update(pair)
         for step in source.steps:
+            if (step.product, step.place) in paired:
+                continue
             slot = source.slots[step.product][step.place]
             if step.source is None:
                 view, axes = source.blocks_of(views[slot.part], slot), tuple(range(slot.blocks))
@@ -555,14 +682,13 @@ class _Pass:
         if out is None:
             return
         width = out.shape[-1]
-        rows = [prod(size) for size in sizes]
         self.results = {p: data.new_empty(most, *sizes[p], target.widths[p] * width) for p in narrow}
         self.products = [
             (
-                _cut(self.operands[p].flatten(0, -2), pieces, rows[p]),
-                _cut(self.results[p].flatten(0, -2), pieces, rows[p]),
-                weights[p],
-                bias if p == bias_at else None,
+                [piece[None, None] for piece in _cut(self.results[p].flatten(0, -2), pieces, rows[p])],
+                self.rows[p],
+                weights[p][None, None],
+                bias.view(1, 1, 1, -1) if bias is not None and p == bias_at else None,
             )
             for p in narrow
         ]
@@ -573,25 +699,13 @@ class _Pass:
         }
         self.additions = [(_cut(ends[host], pieces), _cut(ends[small], pieces)) for host, small in target.additions]
         into = target.views(out)
-        shifts = [None] * len(into)
-        if bias is not None and bias_at is None:
-            shifts = list(bias.split([fold * width for fold in target.folds]))
-        self.first: list[tuple[list[Tensor], list[list[Tensor]], Tensor | None, bool]] = []
-        self.last: list[tuple[list[Tensor], list[Tensor]]] = []
-        for part, (view, found) in enumerate(zip(into, target.rest)):
-            plain = tuple(range(len(target.sizes[part])))
-            places = found.get(plain, ())
-            # Whether the first two together vary along all axes, so that their sum can be written in one go.
-            full = len(places) > 1 and (
-                torch.broadcast_shapes(*(ends[at].shape[1:-1] for at in places[:2])) == view.shape[1:-1]
-            )
-            self.first.append((_cut(view, pieces), [_cut(ends[at], pieces) for at in places], shifts[part], full))
-            for pattern, places in found.items():
-                if pattern != plain:
-                    for p, i in places:
-                        slot = target.slots[p][i]
-                        self.last.append((_cut(target.blocks_of(view, slot), pieces), _cut(ends[p, i], pieces)))
-        self.large: list[tuple[tuple[int, int], _Slot, Tensor, list[Tensor]]] = []
+        self.large: list[tuple[tuple[int, int], _Slot, Tensor, list[Tensor], list[list[Tensor]] | None]] = []
+        begun: set[int] = set()
+        # What varies along some axes of a part, two of them at a time, is where its largest product starts from.
+        plain = [tuple(range(len(indices))) for indices in target.sizes]
+        starts = [
+            [_cut(ends[at], pieces) for at in found.get(pattern, ())] for found, pattern in zip(target.rest, plain)
+        ]
         for p in products:
             if source.wide[p]:
                 for i, slot in enumerate(source.slots[p]):
@@ -599,11 +713,33 @@ class _Pass:
                     for end in target.slots[p]:
                         weight = above.narrow(1, end.start * width, end.fold * width)
                         view = into[end.part]
-                        view = view.flatten(1, -2) if end.direct else target.blocks_of(view, end)
-                        self.large.append(((p, i), end, weight, _cut(view, pieces)))
+                        if not end.direct:
+                            view = target.blocks_of(view, end)
+                        elif view.dim() != 4:
+                            view = view.flatten(1, -2)[:, None]
+                        start = None
+                        if end.direct and end.blocks == 2 and end.part not in begun:
+                            begun.add(end.part)
+                            start = starts[end.part][:2]
+                        self.large.append(((p, i), end, weight, _cut(view, pieces), start))
+        # Parts that start with a product are written first.
+        self.large.sort(key=lambda entry: entry[4] is None)
+        self.first = [(_cut(view, pieces), starts[part][:2]) for part, view in enumerate(into) if part not in begun]
+        self.last: list[tuple[list[Tensor], list[Tensor]]] = []
+        for part, (view, found) in enumerate(zip(into, target.rest)):
+            self.last.extend((_cut(view, pieces), more) for more in starts[part][2:])
+            if bias is not None and bias_at is None:
+                shift = bias.split([fold * width for fold in target.folds])[part]
+                self.last.append((_cut(view, pieces), [shift] * len(pieces)))
+            for pattern, places in found.items():
+                for p, i in places if pattern != plain[part] else ():
+                    slot = target.slots[p][i]
+                    self.last.append((_cut(target.blocks_of(view, slot), pieces), _cut(ends[p, i], pieces)))
 
     def collect(self, n: int) -> None:
         """Gathers the operands of piece n."""
+        for rows, columns, view in self.pairs:
+            self.worker.sums(rows[n], columns[n], view[n])
         for slot, view, gone in self.gather:
             if gone:
                 torch.sum(view[n], gone, out=slot[n])
@@ -612,34 +748,30 @@ class _Pass:
 
     def piece(self, n: int) -> dict[tuple[int, int], Tensor]:
         """Computes piece n of the output, and gives the operands of wide products."""
+        multiply = self.worker.multiply
         self.collect(n)
-        for operand, result, weight, bias in self.products:
-            if bias is None:
-                torch.mm(operand[n], weight, out=result[n])
-            else:
-                torch.addmm(bias, operand[n], weight, out=result[n])
+        for result, operand, weight, bias in self.products:
+            multiply(result[n], operand[n], weight, bias)
         for host, small in self.additions:
             host[n].add_(small[n])
-        for view, found, shift, full in self.first:
-            if full:
-                torch.add(found[0][n], found[1][n], out=view[n])
-            elif found:
-                view[n].copy_(found[0][n])
+        for view, start in self.first:
+            if len(start) == 2:
+                torch.add(start[0][n].expand_as(view[n]), start[1][n], out=view[n])
+            elif start:
+                view[n].copy_(start[0][n])
             else:
                 view[n].zero_()
-            for more in found[2 if full else 1 :]:
-                view[n].add_(more[n])
-            if shift is not None:
-                view[n].add_(shift)
         made: dict[tuple[int, int], Tensor] = {}
-        for at, end, weight, views in self.large:
+        for at, end, weight, views, start in self.large:
             if at not in made:
                 made[at] = self.wide(at, n)
+            view = views[n]
             if end.direct:
-                _accumulate(views[n], made[at], weight)
+                first = [view] if start is None else [found[n] for found in start]
+                multiply(view, made[at].view(*view.shape[:-1], -1), weight[None, None], *first)
             else:
                 result = (made[at] @ weight).view(len(made[at]), *self._sizes(end), -1)
-                views[n].add_(self.target.aligned(result, end))
+                view.add_(self.target.aligned(result, end))
         for view, result in self.last:
             view[n].add_(result[n])
         return made
@@ -662,6 +794,7 @@ class _Gradient:
         to_data: Whether the gradient with respect to the data is wanted.
         to_weights: Whether those with respect to weights and bias are.
         pieces: The number of networks of each piece.
+        worker: What multiplies.
     """
 
     def __init__(
@@ -674,22 +807,35 @@ class _Gradient:
         to_data: bool,
         to_weights: bool,
         pieces: list[int],
+        worker: _Worker,
     ) -> None:
-        self.program, self.operands, self.weights, self.to_weights = program, operands, weights, to_weights
+        self.program, self.weights, self.to_weights, self.worker = program, weights, to_weights, worker
         self.out = fresh(data, *data.shape) if to_data else None
         inputs, outputs = program.inputs, program.outputs
-        self.back = _Pass(
-            outputs, inputs, program.sizes, gradient, self.out, [w.t() for w in weights], None, None, pieces
-        )
+        turned = [weight.t().contiguous() if worker.kernel is not None else weight.t() for weight in weights]
+        self.back = _Pass(outputs, inputs, program.sizes, gradient, self.out, turned, None, None, pieces, worker, False)
         self.channels = data.shape[-1], gradient.shape[-1]
+        if not to_weights:
+            return
+        self.wide = _Wide(inputs, inputs.views(data), pieces)
+        # For each narrow product, its operands' pieces and the gradient of its weight.
+        self.narrow = {
+            p: (
+                [rows.t()[None, None] for rows in _cut(operand.flatten(0, -2), pieces, prod(program.sizes[p]))],
+                weights[p].new_empty(1, 1, *weights[p].shape),
+            )
+            for p, operand in enumerate(operands)
+            if operand is not None
+        }
+        # The same of wide products, for each network of a piece.
         self.sums: dict[tuple[tuple[int, int], tuple[int, int]], Tensor] = {}
-        if to_weights and any(inputs.wide):
-            self.wide = _Wide(inputs, inputs.views(data), pieces)
-            for p, product in enumerate(inputs.slots):
-                for i, slot in enumerate(product if inputs.wide[p] else ()):
-                    for j, end in enumerate(outputs.slots[p]):
-                        shape = slot.fold * self.channels[0], end.fold * self.channels[1]
-                        self.sums[(p, i), (p, j)] = data.new_zeros(pieces[0], *shape)
+        for p, product in enumerate(inputs.slots):
+            for i, slot in enumerate(product if inputs.wide[p] else ()):
+                for j, end in enumerate(outputs.slots[p]):
+                    shape = slot.fold * self.channels[0], end.fold * self.channels[1]
+                    self.sums[(p, i), (p, j)] = data.new_empty(pieces[0], 1, *shape)
+        at = program.bias_at
+        self.bias = None if at is None else data.new_zeros(weights[at].shape[1])
 
     def piece(self, n: int) -> None:
         """Does piece n."""
@@ -698,36 +844,37 @@ class _Gradient:
             made = self.back.piece(n)
         elif self.to_weights:
             self.back.collect(n)
+        if not self.to_weights:
+            return
         again: dict[tuple[int, int], Tensor] = {}
         for (row, column), total in self.sums.items():
             if row not in again:
-                again[row] = self.wide(row, n).transpose(1, 2)
+                again[row] = self.wide(row, n).transpose(1, 2)[:, None]
             if column not in made:
                 made[column] = self.back.wide(column, n)
-            x, y = again[row], made[column]
-            if len(x) == 1:
-                total[0].addmm_(x[0], y[0])
-            else:
-                total[: len(x)].baddbmm_(x, y)
+            total = total[: len(again[row])]
+            self.worker.multiply(total, again[row], made[column][:, None], total if n else None)
+        for p, (operand, total) in self.narrow.items():
+            self.worker.multiply(total, operand[n], self.back.rows[p][n], total if n else None)
+        if self.bias is not None:
+            self.bias += self.back.rows[self.program.bias_at][n].sum((0, 1, 2))
 
     def finish(self) -> tuple[list[Tensor], Tensor | None]:
         """Gradients of the weights, and of the bias, [sum of fold * c_out]."""
         inputs, outputs = self.program.inputs, self.program.outputs
         made = []
-        for p, weight in enumerate(self.weights):
+        for p, slots in enumerate(inputs.slots):
             if not inputs.wide[p]:
-                made.append(self.operands[p].flatten(0, -2).t() @ self.back.operands[p].flatten(0, -2))
+                made.append(self.narrow[p][1][0, 0])
                 continue
-            total = torch.empty_like(weight, memory_format=torch.contiguous_format)
-            for i, slot in enumerate(inputs.slots[p]):
+            total = torch.empty_like(self.weights[p], memory_format=torch.contiguous_format)
+            for i, slot in enumerate(slots):
                 above = total.narrow(0, slot.start * self.channels[0], slot.fold * self.channels[0])
                 for j, end in enumerate(outputs.slots[p]):
                     place = above.narrow(1, end.start * self.channels[1], end.fold * self.channels[1])
-                    torch.sum(self.sums[(p, i), (p, j)], 0, out=place)
+                    torch.sum(self.sums[(p, i), (p, j)], (0, 1), out=place)
             made.append(total)
-        at = self.program.bias_at
-        bias = None if at is None else self.back.operands[at].sum(0)
-        return self.program.scaled(made), bias
+        return self.program.scaled(made), self.bias
 
 
 def _bias_gradient(program: _Program, gradient: Tensor) -> Tensor:
@@ -745,9 +892,11 @@ class _Linear(torch.autograd.Function):
         c_out = weights[0].shape[1] // program.outputs.widths[0]
         pieces = piece_sizes(data, data.shape[-1] + c_out)
         out = fresh(data, len(data), data.shape[1], c_out)
-        run = _Pass(program.inputs, program.outputs, program.sizes, source, out, scaled, bias, program.bias_at, pieces)
-        for n in range(len(pieces)):
-            run.piece(n)
+        ends = program.inputs, program.outputs, program.sizes
+        with _Worker(data, data.shape[-1], c_out) as worker:
+            run = _Pass(*ends, source, out, scaled, bias, program.bias_at, pieces, worker, True)
+            for n in range(len(pieces)):
+                run.piece(n)
         ctx.plan, ctx.operands, ctx.pieces = plan, run.operands, pieces
         ctx.save_for_backward(data, bias, *weights)
         return out
@@ -763,18 +912,20 @@ class _Linear(torch.autograd.Function):
         program = _Program.of(ctx.plan)
         gradient = gradient.contiguous()
         to_weights = any(needed[1:])
-        work = _Gradient(
-            program,
-            data.contiguous(),
-            ctx.operands,
-            program.scaled(weights),
-            gradient,
-            needed[0],
-            to_weights,
-            ctx.pieces,
-        )
-        for n in range(len(ctx.pieces)):
-            work.piece(n)
+        with _Worker(data, data.shape[-1], gradient.shape[-1]) as worker:
+            work = _Gradient(
+                program,
+                data.contiguous(),
+                ctx.operands,
+                program.scaled(weights),
+                gradient,
+                needed[0],
+                to_weights,
+                ctx.pieces,
+                worker,
+            )
+            for n in range(len(ctx.pieces)):
+                work.piece(n)
         if not to_weights:
             return None, work.out, None, *(None for _ in weights)
         found, of_bias = work.finish()
@@ -784,9 +935,9 @@ class _Linear(torch.autograd.Function):
 
 
 class _Normal:
-    """Normalisation in pieces, forward or backward. Close it, or use it in a ``with``."""
+    """Normalisation in pieces, forward or backward."""
 
-    def __init__(self, norm: Norm, like: Tensor, scale: Tensor | None, shift: Tensor | None) -> None:
+    def __init__(self, norm: Norm, like: Tensor, scale: Tensor | None, shift: Tensor | None, worker: _Worker) -> None:
         self.activation = None if norm.activation is None else ACTIVATIONS[norm.activation]
         self.by_result = self.activation is not None and self.activation.by_result
         self.affine, self.relu = scale is not None, norm.activation == "relu"
@@ -795,28 +946,13 @@ class _Normal:
         self.scale, self.shift = (row.numpy() for row in numbers)
         self.ends = np.cumsum(norm.lengths)
         self.eps = self.scale.dtype.type(norm.eps)
-        self.workers = torch.get_num_threads()
-        self.pool = ThreadPoolExecutor(self.workers) if self.workers > 1 else None
-        self.sums = like.new_zeros(self.workers, 2, *rows)
-
-    def __enter__(self) -> _Normal:
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        if self.pool is not None:
-            self.pool.shutdown()
+        self.worker = worker
+        self.sums = like.new_zeros(worker.threads, 2, *rows)
 
     def _share(self, work: Callable[..., None], tensors: Sequence[Tensor]) -> None:
-        """Calls ``work(worker, *pieces)`` with each worker's networks."""
-        if self.pool is None:
-            work(0, *(tensor.detach().numpy() for tensor in tensors))
-            return
-        shares = zip(*(tensor.detach().tensor_split(self.workers) for tensor in tensors))
-        jobs = [
-            self.pool.submit(work, worker, *(piece.numpy() for piece in share)) for worker, share in enumerate(shares)
-        ]
-        for job in jobs:
-            job.result()
+        """Calls ``work(thread, *pieces)`` with each thread's networks."""
+        pieces = (np.array_split(tensor.detach().numpy(), self.worker.threads) for tensor in tensors)
+        self.worker.run(work, zip(range(self.worker.threads), *pieces))
 
     def forward(self, x: Tensor, out: Tensor, mean: Tensor, rstd: Tensor) -> None:
         """[N, P, C] -> ``out``; writes the mean and the inverse standard deviation, [N, P]."""
@@ -829,7 +965,7 @@ class _Normal:
     def _normalise(self, x: Tensor, out: Tensor, mean: Tensor, rstd: Tensor, relu: bool) -> None:
         kernel = norms()[0]
         fixed = self.scale, self.shift, self.ends, self.eps, self.affine, relu
-        self._share(lambda worker, *pieces: kernel(*pieces, *fixed), (x, out, mean, rstd))
+        self._share(lambda thread, *pieces: kernel(*pieces, *fixed), (x, out, mean, rstd))
 
     def backward(
         self, gradient: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, result: Tensor | None, out: Tensor
@@ -851,8 +987,8 @@ class _Normal:
             gradient = self.activation.gradient(gradient, result)
         kernel, sums = norms()[1], self.sums.numpy()
 
-        def work(worker: int, g: Any, x: Any, y: Any, mean: Any, rstd: Any, out: Any) -> None:
-            kernel(g, x, y, mean, rstd, self.scale, self.ends, out, sums[worker], self.affine, self.relu)
+        def work(thread: int, g: Any, x: Any, y: Any, mean: Any, rstd: Any, out: Any) -> None:
+            kernel(g, x, y, mean, rstd, self.scale, self.ends, out, sums[thread], self.affine, self.relu)
 
         self._share(work, (gradient, x, x if result is None else result, mean, rstd, out))
 
@@ -871,7 +1007,8 @@ class _Normalise(torch.autograd.Function):
         source, out = data.contiguous(), fresh(data, *data.shape)
         mean, rstd = data.new_empty(2, *data.shape[:2])
         pieces = piece_sizes(data, 2 * data.shape[-1])
-        with _Normal(norm, data, scale, shift) as work:
+        with _Worker(data) as worker:
+            work = _Normal(norm, data, scale, shift, worker)
             for piece in zip(*(tensor.split(pieces) for tensor in (source, out, mean, rstd))):
                 work.forward(*piece)
         ctx.norm, ctx.moments, ctx.pieces = norm, (mean, rstd), pieces
@@ -886,7 +1023,8 @@ class _Normalise(torch.autograd.Function):
             return None, *_again(functools.partial(plain_norm, ctx.norm), (data, scale, shift), needed, gradient)
         out = fresh(data, *data.shape)
         tensors = gradient.contiguous(), data.contiguous(), *ctx.moments, result, out
-        with _Normal(ctx.norm, data, scale, shift) as work:
+        with _Worker(data) as worker:
+            work = _Normal(ctx.norm, data, scale, shift, worker)
             for piece in zip(*(_pieces(tensor, ctx.pieces) for tensor in tensors)):
                 work.backward(*piece)
         return None, out, *work.finish()
@@ -908,20 +1046,13 @@ class _Block(torch.autograd.Function):
         c_out = weights[0].shape[1] // program.outputs.widths[0]
         pieces = piece_sizes(data, data.shape[-1] + 2 * c_out)
         middle = fresh(data, *data.shape[:2], c_out)
-        run = _Pass(
-            program.inputs,
-            program.outputs,
-            program.sizes,
-            data.contiguous(),
-            middle,
-            program.scaled(weights),
-            bias,
-            program.bias_at,
-            pieces,
-        )
         out = fresh(middle, *middle.shape)
         mean, rstd = data.new_empty(2, *data.shape[:2])
-        with _Normal(norm, middle, scale, shift) as work:
+        ends = program.inputs, program.outputs, program.sizes
+        with _Worker(data, data.shape[-1], c_out) as worker:
+            numbers = program.scaled(weights), bias, program.bias_at
+            run = _Pass(*ends, data.contiguous(), middle, *numbers, pieces, worker, True)
+            work = _Normal(norm, middle, scale, shift, worker)
             for n, piece in enumerate(zip(*(tensor.split(pieces) for tensor in (middle, out, mean, rstd)))):
                 run.piece(n)
                 work.forward(*piece)
@@ -946,18 +1077,20 @@ class _Block(torch.autograd.Function):
         program = _Program.of(ctx.plan)
         scratch = fresh(middle, ctx.pieces[0], *middle.shape[1:])
         to_weights = any(needed[3:])
-        work = _Gradient(
-            program,
-            data.contiguous(),
-            operands,
-            program.scaled(weights),
-            scratch,
-            needed[0],
-            to_weights,
-            ctx.pieces,
-        )
         tensors = gradient.contiguous(), middle, mean, rstd, result
-        with _Normal(ctx.norm, middle, scale, shift) as normal:
+        with _Worker(data, data.shape[-1], middle.shape[-1]) as worker:
+            work = _Gradient(
+                program,
+                data.contiguous(),
+                operands,
+                program.scaled(weights),
+                scratch,
+                needed[0],
+                to_weights,
+                ctx.pieces,
+                worker,
+            )
+            normal = _Normal(ctx.norm, middle, scale, shift, worker)
             for n, piece in enumerate(zip(*(_pieces(tensor, ctx.pieces) for tensor in tensors))):
                 normal.backward(*piece, scratch[: ctx.pieces[n]])
                 work.piece(n)

@@ -4,7 +4,7 @@ from torch import nn
 from torch.func import functional_call, grad, vmap
 
 from fleetgym.core import WeightSpec
-from fleetgym.merging.functionals import NFLinear, NFNorm, UNFLinear, WeightBatch, fast
+from fleetgym.merging.functionals import NFLinear, NFNorm, UNFLinear, WeightBatch, fast, products
 from fleetgym.merging.functionals.linear import grouped
 from fleetgym.merging.functionals.norm import NFBlock
 
@@ -83,6 +83,103 @@ def test_fast_path_is_the_plain_one(monkeypatch, name, size):
         lambda: grouped(layer.plan, x, weights, layer.bias),
         [x, *layer.parameters()],
     )
+
+
+def compiled(monkeypatch, layer):
+    """Has this layer's products compiled, whatever the processor; whether they are."""
+    monkeypatch.setattr(products, "worthwhile", lambda: True)
+    with fast._Worker(layer.weights[0], layer.c_in, layer.c_out) as worker:
+        return worker.kernel is not None
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("size", [1, 1 << 17], ids=["one by one", "pieces"])
+@pytest.mark.parametrize("name", ["np", "hnp", "hnp, two layers", "convolutions", "gru", "gru, low rank"])
+def test_compiled_products_are_the_plain_path(monkeypatch, name, size, threads):
+    kind, spec, options = {
+        "np": (NFLinear, chain(2, 5, 7, 1), {}),
+        "hnp": (NFLinear, chain(2, 5, 7, 1), {"symmetry": "hnp"}),
+        "hnp, two layers": (NFLinear, chain(2, 5, 3), {"symmetry": "hnp"}),
+        "convolutions": (NFLinear, convolutions(), {}),
+        "gru": (UNFLinear, recurrent(), {}),
+        "gru, low rank": (UNFLinear, recurrent(), {"max_rank": 0}),
+    }[name]
+    layer, x = drawn(kind(spec, 8, 16, **options))
+    assert compiled(monkeypatch, layer)
+    monkeypatch.setattr(fast, "PIECE_BYTES", size)
+    monkeypatch.setattr(fast, "LEAST_SHARED", 1)
+    weights, before = list(layer.weights), torch.get_num_threads()
+    inputs = [x, *layer.parameters()]
+    try:
+        torch.set_num_threads(threads)
+        ours = fast.linear(layer.plan, x, weights, layer.bias)
+        given = torch.randn(ours.shape, generator=torch.Generator().manual_seed(1), dtype=ours.dtype)
+        found = torch.autograd.grad(ours, inputs, given)
+    finally:
+        torch.set_num_threads(before)
+    theirs = grouped(layer.plan, x, weights, layer.bias)
+    for a, b in zip((ours, *found), (theirs, *torch.autograd.grad(theirs, inputs, given))):
+        torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-11)
+
+
+def test_compiled_products_by_finite_differences_and_in_single_precision(monkeypatch):
+    layer, x = drawn(NFLinear(chain(1, 2, 1), 8, 8), batch=2)
+    assert compiled(monkeypatch, layer)
+
+    def function(x, bias, *weights):
+        return fast.linear(layer.plan, x, weights, bias)
+
+    inputs = x, layer.bias, *layer.weights
+    assert torch.autograd.gradcheck(function, inputs, fast_mode=True)
+    assert torch.autograd.gradgradcheck(function, inputs, fast_mode=True)
+    layer, x = drawn(NFLinear(chain(2, 5, 7, 1), 16, 32))
+    exact = torch.autograd.grad(grouped(layer.plan, x, list(layer.weights), layer.bias).square().sum(), x)[0]
+    single, y = layer.float(), x.detach().float().requires_grad_()
+    assert compiled(monkeypatch, single)
+    out = fast.linear(single.plan, y, list(single.weights), single.bias)
+    torch.testing.assert_close(torch.autograd.grad(out.square().sum(), y)[0].double(), exact, rtol=1e-4, atol=1e-2)
+
+
+@pytest.mark.parametrize("kind", ["float32", "float64"])
+def test_products_of_all_shapes(kind):
+    dtype, generator = getattr(torch, kind), torch.Generator().manual_seed(0)
+    tolerance = {"float32": 1e-3, "float64": 1e-12}[kind]
+
+    def draw(*shape):
+        return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
+
+    for height in range(1, 14):
+        for columns, depth in ((16, 1), (48, 7), (80, 0), (144, products.DEPTH + 5)):
+            whole = draw(2, 3, height, columns + 3)  # not contiguous, and not aligned
+            out, a, b = whole[..., 2:-1], draw(2, 3, depth, height).mT, draw(2, 1, depth, columns)
+            first, second = draw(2, 3, 1, columns), draw(1, 1, height, columns)
+            around = whole[..., :2].clone(), whole[..., -1:].clone()
+            wanted = first + second + a @ b
+            products.multiply(kind)(*(t.numpy() for t in (out, a, b, first, second)))
+            torch.testing.assert_close(out, wanted, rtol=tolerance, atol=tolerance)
+            products.multiply(kind)(*(t.numpy() for t in (out, a, b, out, second)))
+            torch.testing.assert_close(out, wanted + second + a @ b, rtol=tolerance, atol=tolerance)
+            assert torch.equal(whole[..., :2], around[0]) and torch.equal(whole[..., -1:], around[1])
+
+
+def test_sums_along_both_axes():
+    x = torch.randn(3, 5, 7, 32, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    rows, columns = x.new_empty(3, 5, 1, 32), x.new_empty(3, 7, 1, 32)
+    ones, zeros = x.new_ones(1, 1, 1, 7), x.new_zeros(1, 1, 1, 32)
+    products.sums("float64")(*(t.numpy() for t in (rows, columns, x, ones, zeros)))
+    torch.testing.assert_close(rows[:, :, 0], x.sum(2))
+    torch.testing.assert_close(columns[:, :, 0], x.sum(1))
+
+
+def test_other_widths_and_processors_take_torch(monkeypatch):
+    data = torch.zeros(2, 3, 64)
+    monkeypatch.setattr(products, "worthwhile", lambda: True)
+    for channels, taken in (((64, 64), True), ((64, 24), False), ((3, 64), False)):
+        with fast._Worker(data, *channels) as worker:
+            assert (worker.kernel is not None) == taken
+    monkeypatch.setattr(products, "worthwhile", lambda: False)
+    with fast._Worker(data, 64, 64) as worker:
+        assert worker.kernel is None
 
 
 def test_pieces_cover_the_batch(monkeypatch):
