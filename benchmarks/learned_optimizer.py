@@ -71,7 +71,7 @@ def mlp_task(width: int = 32, batch: int = 128) -> InnerTask:
     )
 
 
-def cnn_task(width: int = 16, batch: int = 64) -> InnerTask:
+def cnn_task(width: int = 16, batch: int = 32) -> InnerTask:
     """Two convolutions, of width / 2 and width channels, global average pooling and a linear layer, on 8x8 digits."""
     sets = {name: (x.view(-1, 1, 8, 8), y) for name, (x, y) in digit_sets().items()}
 
@@ -143,7 +143,7 @@ class LetterRNN(nn.Module):
         return self.head(torch.stack(states, 1))
 
 
-def rnn_task(width: int = 64, batch: int = 64, length: int = 16) -> InnerTask:
+def rnn_task(width: int = 32, batch: int = 32, length: int = 16) -> InnerTask:
     """A character RNN with ``width`` hidden units and 32 channels of embedding, on passages of 16 letters."""
     batches, sets = _passages(length, batch)
     letters = text()[1]
@@ -193,7 +193,7 @@ class LetterTransformer(nn.Module):
         return self.head(self.norm(x))
 
 
-def transformer_task(width: int = 32, batch: int = 8, length: int = 8, blocks: int = 2) -> InnerTask:
+def transformer_task(width: int = 16, batch: int = 8, length: int = 8, blocks: int = 2) -> InnerTask:
     """A transformer of two blocks with 4 heads, on passages of 8 letters."""
     if width % 4:
         raise UserError(f"width {width}: a multiple of 4 is wanted, for 4 heads")
@@ -284,10 +284,11 @@ class Family:
 
 
 FAMILIES: dict[str, Family] = {
-    "mlp": Family(mlp_task, 32, 64),
+    # On a chain of matrices nfn is the same function as unf, with the same parameters.
+    "mlp": Family(mlp_task, 32, 64, kinds=("unf", "deepset")),
     "cnn": Family(cnn_task, 16, 24, "full"),
-    "rnn": Family(rnn_task, 64, 96, "full", ("unf", "deepset")),
-    "transformer": Family(transformer_task, 32, 48, "full", ("unf", "deepset")),
+    "rnn": Family(rnn_task, 32, 48, "full", ("unf", "deepset")),
+    "transformer": Family(transformer_task, 16, 24, "full", ("unf", "deepset")),
     "policy": Family(policy_task, 32, 64),
 }
 """Families by the name that ``--tasks`` takes."""

@@ -63,7 +63,7 @@ class OptimizerMLP:
         "quick": {"steps": 20, "horizon": 40, "pairs": 2, "hidden": 8, "tuning": 2, "networks": 4}
     }
     family: ClassVar[str] = "mlp"
-    steps: int = 300
+    steps: int = 150
     horizon: int = 200
     truncation: int = 20
     pairs: int = 8
@@ -77,7 +77,7 @@ class OptimizerMLP:
     last: float = 0.1
     hidden: int = 32
     tuning: int = 16
-    networks: int = 64
+    networks: int = 32
     every: int = 10
 
     def __post_init__(self) -> None:
@@ -191,9 +191,7 @@ class OptimizerCNN(OptimizerMLP):
     name: ClassVar[str] = "optimizer_cnn"
     title: ClassVar[str] = "Learned optimizers on CNNs"
     family: ClassVar[str] = "cnn"
-    steps: int = 200
     tuning: int = 8
-    networks: int = 32
 
 
 @dataclass(frozen=True)
@@ -203,7 +201,6 @@ class OptimizerRNN(OptimizerMLP):
     name: ClassVar[str] = "optimizer_rnn"
     title: ClassVar[str] = "Learned optimizers on recurrent networks"
     family: ClassVar[str] = "rnn"
-    steps: int = 150
     hidden: int = 16
     tuning: int = 4
     networks: int = 16
@@ -216,7 +213,6 @@ class OptimizerTransformer(OptimizerMLP):
     name: ClassVar[str] = "optimizer_transformer"
     title: ClassVar[str] = "Learned optimizers on transformers"
     family: ClassVar[str] = "transformer"
-    steps: int = 150
     hidden: int = 16
     tuning: int = 4
     networks: int = 16
@@ -229,7 +225,6 @@ class OptimizerPolicy(OptimizerMLP):
     name: ClassVar[str] = "optimizer_policy"
     title: ClassVar[str] = "Learned optimizers on policies"
     family: ClassVar[str] = "policy"
-    steps: int = 250
 
 
 _STYLES = {
