@@ -20,7 +20,6 @@ from torch import Tensor, nn
 from fleetgym.agents.networks import RecurrentPolicy
 from fleetgym.benchmarks.zoos.images import digits
 from fleetgym.core import UserError
-from fleetgym.core.errors import unknown
 from fleetgym.core.optional import install_line
 from fleetgym.core.seeding import generator
 from fleetgym.merging.learned_optimizer import (
@@ -295,17 +294,6 @@ FAMILIES: dict[str, Family] = {
 
 
 # ---- tuned optimizers ------------------------------------------------------------------------------------------------
-
-
-def family(name: str) -> Family:
-    """The family of a name.
-
-    Raises:
-        UserError: There is none.
-    """
-    if name not in FAMILIES:
-        raise unknown("task family", name, FAMILIES)
-    return FAMILIES[name]
 
 
 def best_of(
