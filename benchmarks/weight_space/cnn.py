@@ -35,8 +35,8 @@ class CNN:
     presets: ClassVar[dict[str, dict[str, Any]]] = {
         "quick": {"networks": 100, "steps": 30, "channels": 8, "probes": 8, "batch_size": 16}
     }
-    networks: int = 1000
-    steps: int = 600
+    networks: int = 3000
+    steps: int = 800
     learning_rate: float = 3e-3
     batch_size: int = 32
     channels: int = 16
@@ -76,6 +76,7 @@ class CNN:
                 width=self.width,
                 dropout=self.dropout,
                 probes=self.probes,
+                options={"squash": True} if job.method == "probes" else None,  # the largest output decides
             ),
             zoo,
             "test_accuracy",

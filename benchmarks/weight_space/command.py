@@ -167,15 +167,11 @@ def load(folder: Path) -> list[dict[str, Any]]:
     order = {name: i for i, name in enumerate(dict.fromkeys(t for tasks in BENCHES.values() for t in tasks))}
 
     def place(row: Mapping[str, Any]) -> tuple[Any, ...]:
-        methods = TASKS.get(row["task"])(**_tuples(row["settings"])).methods()
+        methods = TASKS.get(row["task"])().methods()
         method = methods.index(row["method"]) if row["method"] in methods else len(methods)
         return (order.get(row["task"], len(order)), row["task"], method, row["seed"])
 
     return sorted(rows, key=place)
-
-
-def _tuples(values: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
 
 
 def _groups(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, list[Mapping[str, Any]]]]:

@@ -24,6 +24,9 @@ _QUICK = {"images": 200, "steps": 40, "channels": 16, "array_steps": 40, "latent
 class Copies:
     """Several networks an image, each from initial weights of its own; all copies of an image are in one split.
 
+    A sine is odd, so a hidden unit may be negated: all methods see units with the signs that make their biases positive
+    (:class:`~fleetgym.merging.functionals.augment.Signs`).
+
     ``inr2array`` learns latents without labels, and a transformer reads the class from them.
 
     Attributes:
@@ -31,7 +34,10 @@ class Copies:
         images: How many; 0 for all.
         copies: Networks an image.
         hidden: Widths of the networks.
+        omega: Their frequency. The usual 30 suits large images; 64 pixels are fitted with it by weights that hardly
+            leave their random beginning, and tell a reader nothing.
         fit_steps: Gradient steps of a network.
+        fit_rate: First step size of a network.
         steps: Gradient steps of every method that reads weights.
         learning_rate: Largest step size of these.
         batch_size: Networks in a step.
@@ -53,12 +59,15 @@ class Copies:
     higher: ClassVar[bool] = True
     init: ClassVar[str] = "independent"
     normalise: ClassVar[str] = "part"
+    signs: ClassVar[str] = "canonical"
     presets: ClassVar[dict[str, dict[str, Any]]] = {"quick": {**_QUICK, "copies": 2}}
     zoo: str = "digits_sirens"
     images: int = 0
     copies: int = 10
-    hidden: tuple[int, ...] = (16, 16)
-    fit_steps: int = 60
+    hidden: tuple[int, ...] = (8, 8)
+    omega: float = 2.0
+    fit_steps: int = 400
+    fit_rate: float = 0.02
     steps: int = 3000
     learning_rate: float = 2e-3
     batch_size: int = 64
@@ -97,6 +106,8 @@ class Copies:
             init=self.init,
             hidden=self.hidden,
             steps=self.fit_steps,
+            learning_rate=self.fit_rate,
+            omega=self.omega,
             seed=seed,
             device=device,
         )
@@ -129,6 +140,7 @@ class Copies:
             batch_size=self.batch_size,
             weight_decay=self.weight_decay,
             normalise=self.normalise,
+            signs=self.signs,
         )
         return {**row, "zoo_psnr": float(zoo.targets["psnr"].mean())}
 
@@ -147,7 +159,7 @@ class Copies:
                 decoder_width=64,
             )
             classifier = LatentClassifier(self.channels, self.grid**2, 10, width=64, layers=2)
-        data = parts(zoo, "label", model)
+        data = parts(zoo, "label", model, self.signs)
         fields = {split: show(zoo.module(), weights, coordinates) for split, (weights, _) in data.items()}
         with Run.open(job.folder / "array", {"job": job.name}, resume=True, tensorboard=False) as run:
             array = fit_inr2array(
@@ -211,7 +223,7 @@ class Independent(Copies):
 class Shared(Copies):
     """Every image one network, all from the same initial weights: units correspond, and no symmetry is needed.
 
-    Weights are normalised each by its own statistics. See :class:`Copies`.
+    Weights are normalised each by its own statistics, and signs are as they came out. See :class:`Copies`.
     """
 
     name: ClassVar[str] = "inr_shared"
@@ -219,6 +231,7 @@ class Shared(Copies):
     presets: ClassVar[dict[str, dict[str, Any]]] = {"quick": _QUICK}
     init: ClassVar[str] = "shared"
     normalise: ClassVar[str] = "weight"
+    signs: ClassVar[str] = "none"
     copies: int = 1
     steps: int = 1000
     array_steps: int = 1500

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from fleetgym.benchmarks.weight_space.reading import read, reader
+from fleetgym.benchmarks.weight_space.reading import SIGNS, read, reader
 from fleetgym.benchmarks.weight_space.task import Job, check_positive
 from fleetgym.benchmarks.zoos import make_zoo
 from fleetgym.core.errors import UserError, unknown
@@ -26,6 +26,7 @@ class Policy:
         probes: How many inputs ``probes`` learns.
         dropout: See the models.
         weight_decay: Of AdamW.
+        signs: Of hidden units, which mean nothing behind tanh; see ``reading.SIGNS``.
     """
 
     name: ClassVar[str] = "policy"
@@ -39,15 +40,18 @@ class Policy:
     steps: int = 2000
     learning_rate: float = 3e-3
     batch_size: int = 64
-    channels: int = 32
+    channels: int = 24
     layers: int = 3
     width: int = 128
     probes: int = 64
     dropout: float = 0.0
     weight_decay: float = 0.01
+    signs: str = "flip"
 
     def __post_init__(self) -> None:
         check_positive(self, "steps", "batch_size", "channels", "layers", "width", "probes")
+        if self.signs not in SIGNS:
+            raise unknown(f"setting of {self.name}.signs", self.signs, SIGNS)
         if self.policies < 30:
             raise UserError(f"{self.name}.policies={self.policies}: at least 30, for three splits")
 
@@ -79,6 +83,7 @@ class Policy:
                 width=self.width,
                 dropout=self.dropout,
                 probes=self.probes,
+                options={"squash": True} if job.method == "probes" else None,  # they push to the side of a sign
             ),
             zoo,
             "success",
@@ -87,6 +92,7 @@ class Policy:
             learning_rate=self.learning_rate,
             batch_size=self.batch_size,
             weight_decay=self.weight_decay,
+            signs=self.signs,
         )
 
     def probe(self) -> tuple[int, ...]:
@@ -108,7 +114,7 @@ class GRUPolicy(Policy):
     presets: ClassVar[dict[str, dict[str, Any]]] = {
         "quick": {"policies": 200, "steps": 30, "channels": 8, "probes": 16, "horizon": 4}
     }
-    policies: int = 1500
+    policies: int = 2400
     steps: int = 1000
     channels: int = 16
     horizon: int = 12

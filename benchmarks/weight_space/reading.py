@@ -13,6 +13,7 @@ from fleetgym.benchmarks.weight_space.task import Job
 from fleetgym.benchmarks.zoos.zoo import Zoo
 from fleetgym.core.run import Run
 from fleetgym.core.seeding import torch_generator
+from fleetgym.merging.functionals.augment import Signs
 from fleetgym.merging.functionals.batch import WeightBatch
 from fleetgym.merging.functionals.models import NFN, NFT, UNF, FlatMLP, ProbeEncoder, Reader, StatNN
 from fleetgym.merging.functionals.training import evaluate, fit
@@ -66,12 +67,17 @@ def reader(
     raise AssertionError(method)
 
 
-def parts(zoo: Zoo, target: str, like: Reader) -> dict[str, tuple[WeightBatch, Tensor]]:
-    """Networks and targets of each split, in a model's layout."""
+SIGNS = ("none", "flip", "canonical")
+"""Units are left as they are, negated at random in training, or all negated to positive biases beforehand."""
+
+
+def parts(zoo: Zoo, target: str, like: Reader, signs: str = "none") -> dict[str, tuple[WeightBatch, Tensor]]:
+    """Networks and targets of each split, in a model's layout; with canonical signs where these are asked for."""
     found = {}
     for split in zoo.splits:
         weights, targets = zoo.part(split)
-        found[split] = (WeightBatch.stack(like.layout, weights), targets[target])
+        batch = WeightBatch.stack(like.layout, weights)
+        found[split] = (Signs(like.layout).canonical(batch) if signs == "canonical" else batch, targets[target])
     return found
 
 
@@ -87,7 +93,7 @@ def read(
     batch_size: int = 64,
     weight_decay: float = 0.01,
     normalise: str = "part",
-    augment: Callable[[Any, Any], Any] | None = None,
+    signs: str = "none",
     evaluate_every: int | None = None,
 ) -> dict[str, Any]:
     """Trains a model on a zoo's training split, keeps the step that is best on its validation split, and tests it.
@@ -103,7 +109,7 @@ def read(
         batch_size: See there.
         weight_decay: See there.
         normalise: See :meth:`Reader.normalise`.
-        augment: See there.
+        signs: What becomes of the signs of hidden units that mean nothing, see :data:`SIGNS`.
         evaluate_every: See there; a tenth of the steps by default.
 
     Returns:
@@ -113,7 +119,7 @@ def read(
     began = time.process_time()
     with seeded(job):
         model = make()
-    data = parts(zoo, target, model)
+    data = parts(zoo, target, model, signs)
     model.normalise(data["train"][0], normalise)
     with Run.open(job.folder, {"job": job.name}, resume=True, tensorboard=False) as run:
         fitted = fit(
@@ -126,7 +132,7 @@ def read(
             learning_rate=learning_rate,
             weight_decay=weight_decay,
             evaluate_every=evaluate_every or max(1, steps // 10),
-            augment=augment,
+            augment=Signs(model.layout).flip if signs == "flip" else None,
             seed=job.seed,
             device=job.device,
             run=run,
