@@ -29,7 +29,14 @@ for _name, _home in {
 BENCHES: dict[str, tuple[str, ...]] = {
     "nfn": ("policy", "cnn", "inr_independent", "inr_shared"),
     "nft": ("inr_copies",),
-    "unf": ("gru_policy",),
+    "unf": (
+        "gru_policy",
+        "optimizer_mlp",
+        "optimizer_cnn",
+        "optimizer_rnn",
+        "optimizer_transformer",
+        "optimizer_policy",
+    ),
 }
 """The tasks of each command, unless others are asked for."""
 

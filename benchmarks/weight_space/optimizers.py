@@ -60,7 +60,16 @@ class OptimizerMLP:
     metric: ClassVar[str] = "training loss at the end"
     higher: ClassVar[bool] = False
     presets: ClassVar[dict[str, dict[str, Any]]] = {
-        "quick": {"steps": 20, "horizon": 40, "pairs": 2, "hidden": 8, "tuning": 2, "networks": 4}
+        "quick": {
+            "steps": 4,
+            "horizon": 20,
+            "truncation": 10,
+            "pairs": 2,
+            "hidden": 8,
+            "tuning": 1,
+            "networks": 2,
+            "every": 5,
+        }
     }
     family: ClassVar[str] = "mlp"
     steps: int = 150
