@@ -1,17 +1,15 @@
-"""Learned optimizers against tuned ones, on families of small training problems.
+"""Families of small training problems that optimizers are learned, tuned and measured on.
 
 The families are those of Zhou et al., "Universal Neural Functionals" (arXiv 2402.05232, section 4.2) at the size of a
 CPU, with data that come with packages: images of digits, the English of scikit-learn's descriptions, and a pendulum's
-expert. A rule is meta-trained on one family by persistent evolution strategies and compared there, and on another
-width, with momentum SGD and Adam whose numbers are tuned on the same family.
+expert.
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -20,27 +18,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fleetgym.agents.networks import RecurrentPolicy
-from fleetgym.core import Run, UserError
-from fleetgym.core.errors import unknown
-from fleetgym.core.files import atomic_write, write_json
+from fleetgym.benchmarks.zoos.images import digits
+from fleetgym.core import UserError
 from fleetgym.core.optional import install_line
-from fleetgym.core.records import provenance
 from fleetgym.core.seeding import generator
 from fleetgym.merging.learned_optimizer import (
     KINDS,
     Adam,
     InnerTask,
-    LearnedOptimizer,
     Momentum,
     UpdateRule,
-    load_rule,
-    pes_train,
     unroll,
 )
-
-TUNING_SEEDS = tuple(range(1000, 1008))
-"""Inner seeds that numbers are tuned on; those of a comparison are others."""
-
 
 # ---- families of problems -------------------------------------------------------------------------------------------
 
@@ -60,23 +49,17 @@ def _classify(network: Callable[..., Tensor], batch: tuple[Tensor, Tensor]) -> T
 
 
 @functools.cache
-def digits() -> dict[str, tuple[Tensor, Tensor]]:
-    """scikit-learn's 1,797 images of handwritten digits: pixels [N, 64] in 0..1 and classes, 360 of them for tests."""
-    try:
-        from sklearn.datasets import load_digits
-    except ImportError as error:
-        raise UserError(f"the digits come with scikit-learn; {install_line('zoos')}") from error
-
-    data = load_digits()
-    order = generator("learned_optimizer", "digits").permutation(len(data.target))
-    pixels = torch.from_numpy(data.data[order] / 16).float()
-    classes = torch.from_numpy(data.target[order]).long()
+def digit_sets() -> dict[str, tuple[Tensor, Tensor]]:
+    """The digits of scikit-learn: pixels [N, 64] in 0..1 and classes, 360 of the 1,797 for tests."""
+    images, classes = digits()
+    order = torch.from_numpy(generator("learned_optimizer", "digits").permutation(len(classes)))
+    pixels, classes = images.flatten(1)[order], classes[order]
     return {"train": (pixels[360:], classes[360:]), "test": (pixels[:360], classes[:360])}
 
 
 def mlp_task(width: int = 32, batch: int = 128) -> InnerTask:
     """A perceptron 64-width-10 on 8x8 digits, as in the paper."""
-    sets = digits()
+    sets = digit_sets()
     return InnerTask(
         f"mlp-{width}",
         lambda: nn.Sequential(nn.Linear(64, width), nn.ReLU(), nn.Linear(width, 10)),
@@ -87,9 +70,9 @@ def mlp_task(width: int = 32, batch: int = 128) -> InnerTask:
     )
 
 
-def cnn_task(width: int = 16, batch: int = 64) -> InnerTask:
+def cnn_task(width: int = 16, batch: int = 32) -> InnerTask:
     """Two convolutions, of width / 2 and width channels, global average pooling and a linear layer, on 8x8 digits."""
-    sets = {name: (x.view(-1, 1, 8, 8), y) for name, (x, y) in digits().items()}
+    sets = {name: (x.view(-1, 1, 8, 8), y) for name, (x, y) in digit_sets().items()}
 
     def make() -> nn.Module:
         return nn.Sequential(
@@ -159,7 +142,7 @@ class LetterRNN(nn.Module):
         return self.head(torch.stack(states, 1))
 
 
-def rnn_task(width: int = 64, batch: int = 64, length: int = 16) -> InnerTask:
+def rnn_task(width: int = 32, batch: int = 32, length: int = 16) -> InnerTask:
     """A character RNN with ``width`` hidden units and 32 channels of embedding, on passages of 16 letters."""
     batches, sets = _passages(length, batch)
     letters = text()[1]
@@ -209,7 +192,7 @@ class LetterTransformer(nn.Module):
         return self.head(self.norm(x))
 
 
-def transformer_task(width: int = 32, batch: int = 8, length: int = 8, blocks: int = 2) -> InnerTask:
+def transformer_task(width: int = 16, batch: int = 8, length: int = 8, blocks: int = 2) -> InnerTask:
     """A transformer of two blocks with 4 heads, on passages of 8 letters."""
     if width % 4:
         raise UserError(f"width {width}: a multiple of 4 is wanted, for 4 heads")
@@ -300,113 +283,29 @@ class Family:
 
 
 FAMILIES: dict[str, Family] = {
-    "mlp": Family(mlp_task, 32, 64),
+    # On a chain of matrices nfn is the same function as unf, with the same parameters.
+    "mlp": Family(mlp_task, 32, 64, kinds=("unf", "deepset")),
     "cnn": Family(cnn_task, 16, 24, "full"),
-    "rnn": Family(rnn_task, 64, 96, "full", ("unf", "deepset")),
-    "transformer": Family(transformer_task, 32, 48, "full", ("unf", "deepset")),
+    "rnn": Family(rnn_task, 32, 48, "full", ("unf", "deepset")),
+    "transformer": Family(transformer_task, 16, 24, "full", ("unf", "deepset")),
     "policy": Family(policy_task, 32, 64),
 }
 """Families by the name that ``--tasks`` takes."""
 
 
-# ---- comparison -----------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Settings:
-    """How rules are learned and compared.
-
-    Attributes:
-        steps: Meta-steps.
-        horizon: T, inner steps of a run, in meta-training and in the comparison.
-        truncation: K, inner steps between meta-steps.
-        pairs: Antithetic pairs of inner runs.
-        sigma: Standard deviation of the perturbations.
-        lr: Step size of the meta-parameters.
-        objective: Of meta-training, ``mean`` or ``final``.
-        scale: What f sees, see ``LearnedOptimizer``.
-        alpha: Step size that learned rules begin with.
-        gamma: Rate of the momentum that they begin with.
-        seeds: Of meta-training; one rule each.
-        inner_seeds: How many networks each rule trains in the comparison.
-        every: Inner steps between points of a curve.
-    """
-
-    steps: int = 600
-    horizon: int = 200
-    truncation: int = 20
-    pairs: int = 8
-    sigma: float = 0.01
-    lr: float = 0.003
-    objective: str = "mean"
-    scale: str = "tensor"
-    alpha: float = 0.3
-    gamma: float = 0.9
-    seeds: tuple[int, ...] = (0, 1, 2)
-    inner_seeds: int = 10
-    every: int = 10
-
-
-def family(name: str) -> Family:
-    """The family of a name.
-
-    Raises:
-        UserError: There is none.
-    """
-    if name not in FAMILIES:
-        raise unknown("task family", name, FAMILIES)
-    return FAMILIES[name]
-
-
-def meta_train(name: str, kind: str, settings: Settings, seed: int, folder: Path) -> LearnedOptimizer:
-    """Learns a rule on a family, or reads the one that is finished; what was stopped goes on.
-
-    Args:
-        name: The family.
-        kind: The last layer.
-        settings: How.
-        seed: Of the rule's first weights and of all draws.
-        folder: The run's folder.
-
-    Raises:
-        UserError: Unknown family, a kind that does not fit it, or a folder of other settings.
-    """
-    found = family(name)
-    if kind not in found.kinds:
-        raise UserError(f"kind {kind!r} does not fit the family {name!r}; choose among {', '.join(found.kinds)}")
-    task = found.make(found.width)
-    facts = {k: v for k, v in asdict(settings).items() if k not in ("seeds", "inner_seeds", "every")}
-    start = LearnedOptimizer(
-        task.spec,
-        kind,
-        symmetry="np" if kind == "nfn" else found.symmetry,
-        scale=settings.scale,
-        alpha=settings.alpha,
-        gamma=settings.gamma,
-        seed=seed,
-    )
-    with Run.open(folder, {"task": name, "kind": kind, "seed": seed, **facts}, resume=True, tensorboard=False) as run:
-        if run.resumed_step == settings.steps and (folder / "checkpoints" / "last").is_dir():
-            return load_rule(folder)
-        trained = pes_train(start, task, settings.steps, **_meta(settings), lr=settings.lr, seed=seed, run=run)
-    assert isinstance(trained.rule, LearnedOptimizer)
-    return trained.rule
-
-
-def _meta(settings: Settings) -> dict[str, Any]:
-    names = ("horizon", "truncation", "pairs", "sigma", "objective")
-    return {name: getattr(settings, name) for name in names}
+# ---- tuned optimizers ------------------------------------------------------------------------------------------------
 
 
 def best_of(
-    rule: UpdateRule, task: InnerTask, steps: int, grid: Mapping[str, Tensor]
+    rule: UpdateRule, task: InnerTask, steps: int, seeds: Sequence[int], grid: Mapping[str, Tensor]
 ) -> tuple[dict[str, float], float]:
-    """The setting with the least mean training loss after ``steps``, over the seeds that are kept for tuning.
+    """The setting with the least mean training loss after some steps.
 
     Args:
-        rule: Its parameters are replaced.
+        rule: Gives the parameters that the grid leaves out.
         task: What to train.
         steps: Inner steps.
+        seeds: Of the networks that are trained with each setting.
         grid: Values of each parameter; all combinations are tried.
 
     Returns:
@@ -417,7 +316,7 @@ def best_of(
     """
     names = list(grid)
     points = torch.cartesian_prod(*grid.values()).reshape(-1, len(names))
-    found = unroll(rule, task, steps, TUNING_SEEDS, settings={name: points[:, i] for i, name in enumerate(names)})
+    found = unroll(rule, task, steps, seeds, settings={name: points[:, i] for i, name in enumerate(names)})
     losses = found.measured["train"][..., -1].mean(1)
     losses = torch.where(losses.isfinite(), losses, torch.inf)
     best = int(losses.argmin())
@@ -427,206 +326,84 @@ def best_of(
 
 
 def _near(value: float, factor: float, count: int) -> Tensor:
-    """Values about one, evenly in the logarithm."""
+    """Values about one, evenly in the logarithm, from ``value / factor`` to ``value * factor``."""
     return value * torch.logspace(-1, 1, count, base=factor)
 
 
-def tuned_momentum(task: InnerTask, settings: Settings, *, pes: bool = True) -> tuple[Momentum, dict[str, Any]]:
-    """Momentum SGD with the best step size and rate that a search finds for a family.
+def _search(
+    rule: UpdateRule, task: InnerTask, steps: int, seeds: Sequence[int], coarse: Mapping[str, Tensor], fine: Any
+) -> dict[str, Any]:
+    """Searches a grid, then a finer one about its best; see :func:`tuned_momentum`."""
+    setting, loss = best_of(rule, task, steps, seeds, coarse)
+    nearer, nearer_loss = best_of(rule, task, steps, seeds, fine(setting))
+    return {"setting": nearer, "loss": nearer_loss} if nearer_loss < loss else {"setting": setting, "loss": loss}
 
-    A grid of 16 step sizes and 9 rates, a finer grid of 9 and 7 about its best, and meta-training of the two numbers
-    by the same evolution strategies as the learned rules from there. Whichever has the least loss on the tuning seeds
-    is taken.
+
+def tuned_momentum(task: InnerTask, steps: int, seeds: Sequence[int]) -> tuple[Momentum, dict[str, Any]]:
+    """Momentum SGD with the best step size and rate of a grid (13 x 6) and of a finer one about its best (7 x 5).
+
+    Args:
+        task: What to train.
+        steps: Inner steps.
+        seeds: Of the networks that are trained with each setting.
 
     Returns:
-        The rule, and what was found on the way.
+        The rule, and its ``setting`` and mean training ``loss`` on these networks.
+    """
+    coarse = {"alpha": torch.logspace(-3, 0.6, 13), "gamma": torch.tensor([0.0, 0.5, 0.8, 0.9, 0.95, 0.99])}
+
+    def fine(best: Mapping[str, float]) -> dict[str, Tensor]:
+        # A step size of 2 in place of 1 is far off; a rate of 0.8 in place of 0.9 is as far.
+        return {"alpha": _near(best["alpha"], 2, 7), "gamma": (1 - _near(1 - best["gamma"], 2, 5)).clamp_min(0.0)}
+
+    found = _search(Momentum(task.spec), task, steps, seeds, coarse, fine)
+    return Momentum(task.spec, **found["setting"]), found
+
+
+def tuned_adam(task: InnerTask, steps: int, seeds: Sequence[int]) -> tuple[Adam, dict[str, Any]]:
+    """Adam with the best numbers of a grid (11 x 3 x 2) and of a finer one about its best (5 x 3 x 3).
+
+    The arguments and results are those of :func:`tuned_momentum`.
     """
     coarse = {
-        "alpha": torch.logspace(-2.5, 0.5, 16),
-        "gamma": torch.tensor([0.0, 0.3, 0.5, 0.7, 0.8, 0.9, 0.95, 0.98, 0.99]),
+        "alpha": torch.logspace(-3.5, -0.5, 11),
+        "beta1": torch.tensor([0.5, 0.9, 0.97]),
+        "beta2": torch.tensor([0.95, 0.999]),
     }
-    first, first_loss = best_of(Momentum(task.spec), task, settings.horizon, coarse)
-    fine = {
-        "alpha": _near(first["alpha"], 1.5, 9),
-        "gamma": (1 - _near(1 - first["gamma"], 1.6, 7)).clamp_min(0.0),
-    }
-    best, loss = best_of(Momentum(task.spec), task, settings.horizon, fine)
-    if first_loss < loss:
-        best, loss = first, first_loss
-    facts: dict[str, Any] = {"grid": first, "grid_loss": first_loss, "fine": best, "fine_loss": loss, "by": "grid"}
-    if pes:
-        start = Momentum(task.spec, **best)
-        # Perturbations of 0.01 would be most of a small step size: a fraction of it, then.
-        options = {**_meta(settings), "sigma": min(settings.sigma, 0.1 * best["alpha"])}
-        learned = pes_train(start, task, settings.steps, **options, lr=0.001).rule
-        assert isinstance(learned, Momentum)
-        point = {"alpha": learned.alpha.detach()[None], "gamma": learned.gamma.detach()[None]}
-        found, value = best_of(start, task, settings.horizon, point)
-        facts |= {"pes": found, "pes_loss": value}
-        if value < loss:
-            best, loss, facts["by"] = found, value, "pes"
-    return Momentum(task.spec, **best), {**facts, "best": best, "loss": loss}
+
+    def fine(best: Mapping[str, float]) -> dict[str, Tensor]:
+        rates = {name: 1 - _near(1 - best[name], 1.6, 3) for name in ("beta1", "beta2")}
+        return {"alpha": _near(best["alpha"], 1.7, 5), **rates}
+
+    found = _search(Adam(task.spec), task, steps, seeds, coarse, fine)
+    return Adam(task.spec, **found["setting"]), found
 
 
-def tuned_adam(task: InnerTask, settings: Settings) -> tuple[Adam, dict[str, Any]]:
-    """Adam with the best step size and rates of a grid (13 x 4 x 3) and a finer one about its best (9 x 3 x 3)."""
-    coarse = {
-        "alpha": torch.logspace(-3.5, -0.5, 13),
-        "beta1": torch.tensor([0.7, 0.9, 0.95, 0.98]),
-        "beta2": torch.tensor([0.95, 0.99, 0.999]),
-    }
-    first, first_loss = best_of(Adam(task.spec), task, settings.horizon, coarse)
-    fine = {
-        "alpha": _near(first["alpha"], 1.6, 9),
-        **{name: 1 - _near(1 - first[name], 1.5, 3) for name in ("beta1", "beta2")},
-    }
-    best, loss = best_of(Adam(task.spec), task, settings.horizon, fine)
-    if first_loss < loss:
-        best, loss = first, first_loss
-    facts = {"grid": first, "grid_loss": first_loss, "best": best, "loss": loss}
-    return Adam(task.spec, **best), facts
-
-
-def measure(rule: UpdateRule, task: InnerTask, settings: Settings, /, **facts: Any) -> dict[str, Any]:
-    """A row of results: how a rule trains networks of a task.
+def measure(rule: UpdateRule, task: InnerTask, steps: int, seeds: Sequence[int], every: int = 0) -> dict[str, Any]:
+    """How a rule trains networks of a task.
 
     Args:
         rule: The rule.
         task: What to train, at any width that the rule can be put on.
-        settings: How many networks, and for how long.
-        **facts: What else belongs into the row.
+        steps: Inner steps.
+        seeds: Of the networks.
+        every: Steps between points of the curve; 0: the start and the end.
 
     Returns:
-        ``places`` and ``curve`` (mean training loss over the networks there), ``final`` and ``final_test`` (the loss
-        at the end, of each network; None where it diverged) and the facts.
+        ``score`` and ``test`` (mean training and test loss over the networks at the end), ``deviation`` (standard
+        deviation of the training loss among networks), and ``curve`` and ``test_curve`` ([[step, mean loss], ...]).
+        What diverged is NaN or infinite.
     """
-    found = unroll(rule.on(task.spec), task, settings.horizon, range(settings.inner_seeds), every=settings.every)
+    found = unroll(rule.on(task.spec), task, steps, seeds, every=every)
+    train, test = found.measured["train"][0], found.measured["test"][0]
 
-    def rounded(values: Tensor) -> list[float | None]:
-        return [float(f"{v:.6g}") if np.isfinite(v) else None for v in values.tolist()]
+    def curve(losses: Tensor) -> list[list[float]]:
+        return [[place, float(f"{loss:.6g}")] for place, loss in zip(found.places, losses.mean(0).tolist())]
 
-    row = {**facts, "task": task.name, "places": found.places, "curve": rounded(found.measured["train"][0].mean(0))}
-    row["final"] = rounded(found.measured["train"][0, :, -1])
-    row["final_test"] = rounded(found.measured["test"][0, :, -1])
-    return row
-
-
-def compare(
-    name: str, settings: Settings, out: Path, kinds: Sequence[str] | None = None, *, pes: bool = True
-) -> list[dict[str, Any]]:
-    """Meta-trains rules on a family and compares them with tuned ones there and at another width.
-
-    Rows of the other width: the rules as they are; momentum SGD and Adam as tuned on the first width, and tuned again
-    (``"tuned_on": "other"``), which no learned rule is. Writes ``out/<name>.json`` and keeps the runs below
-    ``out/<name>``, from which a comparison that was stopped goes on.
-
-    Args:
-        name: The family.
-        settings: How.
-        out: The folder.
-        kinds: Last layers to learn; all that fit the family by default.
-        pes: Whether momentum SGD is meta-trained too, see :func:`tuned_momentum`.
-
-    Returns:
-        The rows, see :func:`measure`.
-    """
-    found = family(name)
-    tasks = {"trained": found.make(found.width), "other": found.make(found.other)}
-    rules: list[tuple[dict[str, Any], UpdateRule]] = []
-    tuning: dict[str, Any] = {}
-    for kind in kinds or found.kinds:
-        for seed in settings.seeds:
-            rule = meta_train(name, kind, settings, seed, out / name / f"{kind}-{seed}")
-            rules.append(({"rule": kind, "seed": seed, "tuned_on": "trained"}, rule))
-    for where, task in tasks.items():
-        momentum, momentum_facts = tuned_momentum(task, settings, pes=pes and where == "trained")
-        adam, adam_facts = tuned_adam(task, settings)
-        tuning[where] = {"sgdm": momentum_facts, "adam": adam_facts}
-        rules.append(({"rule": "sgdm", "seed": None, "tuned_on": where}, momentum))
-        rules.append(({"rule": "adam", "seed": None, "tuned_on": where}, adam))
-    rows = [
-        measure(rule, task, settings, family=name, width=where, **facts)
-        for where, task in tasks.items()
-        for facts, rule in rules
-        if where == "other" or facts["tuned_on"] == "trained"
-    ]
-    document = {"family": name, "settings": asdict(settings), "rows": rows, "tuning": tuning}
-    write_json(out / f"{name}.json", {**document, "provenance": provenance()})
-    return rows
-
-
-def _mean(values: Sequence[float | None]) -> float | None:
-    return None if None in values else float(np.mean([v for v in values if v is not None]))
-
-
-def _cell(value: float | None) -> str:
-    return "diverged" if value is None else f"{value:.4f}"
-
-
-def table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """The rows as Markdown: mean final training loss at both widths; of learned rules one number for each meta-seed."""
-    lines = ["| family | width | rule | final training loss | each meta-seed | test loss |", "|---" * 6 + "|"]
-    keys = dict.fromkeys((row["family"], row["width"], row["rule"], row["tuned_on"]) for row in rows)
-    for key in keys:
-        mine = [row for row in rows if (row["family"], row["width"], row["rule"], row["tuned_on"]) == key]
-        finals, tests = ([_mean(row[what]) for row in mine] for what in ("final", "final_test"))
-        each = ", ".join(map(_cell, finals)) if mine[0]["seed"] is not None else "-"
-        name = key[2] + (", tuned again" if key[3] == "other" else "")
-        lines.append(f"| {key[0]} | {key[1]} | {name} | {_cell(_mean(finals))} | {each} | {_cell(_mean(tests))} |")
-    return "\n".join(lines) + "\n"
-
-
-_STYLES = {
-    "unf": ("#3366cc", "-"),
-    "nfn": ("#22aacc", "--"),
-    "deepset": ("#338844", "-."),
-    "sgdm": ("#dd3333", "-"),
-    "adam": ("#dd8833", "-"),
-}
-
-
-def plot(rows: Sequence[Mapping[str, Any]], path: Path) -> Path:
-    """Draws training loss against inner steps, a row of panels for each family: the trained width and the other one.
-
-    Args:
-        rows: As :func:`compare` gives them, of any number of families.
-        path: A .png or .svg file.
-    """
-    import matplotlib
-    from matplotlib.figure import Figure
-
-    names = list(dict.fromkeys(row["family"] for row in rows))
-    with matplotlib.rc_context():
-        matplotlib.rcdefaults()  # not the user's matplotlibrc: the same results give the same plot everywhere
-        matplotlib.rcParams.update({"svg.hashsalt": "learned_optimizer", "font.size": 9})
-        figure = Figure(figsize=(8.5, 0.5 + 2.7 * len(names)), layout="constrained")
-        grid = figure.subplots(len(names), 2, squeeze=False)
-        for axes_row, name in zip(grid, names):
-            for axes, width in zip(axes_row, ("trained", "other")):
-                here = [row for row in rows if (row["family"], row["width"]) == (name, width)]
-                seen: set[str] = set()
-                for row in here:
-                    colour, line = _STYLES[row["rule"]]
-                    again = row["tuned_on"] == "other"
-                    label = row["rule"] + (", tuned again" if again else "")
-                    y = [np.nan if value is None else value for value in row["curve"]]
-                    axes.plot(
-                        row["places"],
-                        y,
-                        ":" if again else line,
-                        color=colour,
-                        linewidth=1.2,
-                        label=None if label in seen else label,
-                    )
-                    seen.add(label)
-                axes.set_yscale("log")
-                task = here[0]["task"] if here else name
-                axes.set_title(f"{task}{', a width not seen' if width == 'other' else ''}")
-                axes.set_xlabel("steps")
-                axes.spines[["top", "right"]].set_visible(False)
-            axes_row[0].set_ylabel("training loss")
-        grid[0][1].legend(frameon=False, fontsize=8)
-        with atomic_write(path) as temporary:
-            kind = path.suffix[1:]
-            figure.savefig(temporary, format=kind, dpi=120, metadata={"Date": None} if kind == "svg" else None)
-    return path
+    return {
+        "score": float(train[:, -1].mean()),
+        "deviation": float(train[:, -1].std(correction=0)),
+        "test": float(test[:, -1].mean()),
+        "curve": curve(train),
+        "test_curve": curve(test),
+    }

@@ -34,7 +34,7 @@ from fleetgym.merging.functionals import Layout, NFLinear, UNFLinear, WeightBatc
 ARCHITECTURE = "learned_optimizer"
 KINDS = ("unf", "nfn", "deepset")
 SYMMETRIES = ("np", "hidden", "full")
-SCALES = ("tensor", "none")
+SCALES = ("tensor", "both", "none")
 DECAYS = (0.1, 0.5, 0.9, 0.99, 0.999, 0.9999)
 """The rates of the momenta that f sees."""
 PERIODS = (10.0, 40.0, 160.0, 640.0, 2560.0, 10240.0)
@@ -160,7 +160,9 @@ class LearnedOptimizer(UpdateRule):
             rows of an embedding) each as a group of its own, which takes the fewest.
         hidden: Channels of the trunk.
         scale: ``tensor`` divides each of the first 8 features by its root mean square over a tensor, so that what
-            f says does not depend on the scale of the loss; ``none`` gives them as they are.
+            f says does not depend on the scale of the loss; ``both`` does so too, and multiplies f by the root mean
+            square of m^{g0} over the tensor, so that the step as a whole grows with the gradients as that of momentum
+            SGD; ``none`` gives the features as they are.
         alpha: Step size to begin with.
         gamma: Rate g0 of the momentum to begin with.
         beta: Weight of f to begin with.
@@ -232,15 +234,19 @@ class LearnedOptimizer(UpdateRule):
         """See :class:`UpdateRule`."""
         rates = torch.cat([self.gamma[None], self.rates.to(self.gamma)])
         moments = moments * rates + gradients[..., None]
-        step = moments[..., 0] + self.beta * self.correction(weights, gradients, moments[..., 1:], t)
+        f = self.correction(weights, gradients, moments[..., 1:], t)
+        if self.scale == "both":
+            sizes = [part.length for part in self.layout.parts]
+            f = torch.cat([a * _rms(m, 1) for a, m in zip(f.split(sizes, 1), moments[..., 0].split(sizes, 1))], dim=1)
+        step = moments[..., 0] + self.beta * f
         return weights - self.alpha * step, moments
 
     def correction(self, weights: Tensor, gradients: Tensor, momenta: Tensor, t: Tensor) -> Tensor:
         """f, [B, P]; ``momenta`` are [B, P, 6], those of :data:`DECAYS`."""
         x = torch.cat([weights[..., None], gradients[..., None], momenta], dim=-1)
-        if self.scale == "tensor":
+        if self.scale != "none":
             pieces = x.split([part.length for part in self.layout.parts], dim=1)
-            x = torch.cat([p * (p.square().mean(1, keepdim=True) + 1e-20).rsqrt() for p in pieces], dim=1)
+            x = torch.cat([p / _rms(p, 1) for p in pieces], dim=1)
         first, *others = self.trunk
         known = x.shape[-1]
         # The features of time are alike for all weights: their share of the first layer is one vector a network.
@@ -257,6 +263,10 @@ class LearnedOptimizer(UpdateRule):
         """The features of time, [B] -> [B, 11]."""
         angle = 2 * math.pi * t[:, None] / self.periods.to(self.alpha)
         return torch.cat([angle.sin(), angle[:, :-1].cos()], dim=-1)
+
+
+def _rms(x: Tensor, dim: int) -> Tensor:
+    return (x.square().mean(dim, keepdim=True) + 1e-20).sqrt()
 
 
 def trainable(spec: WeightSpec, keys: Iterable[str] | None = None) -> WeightSpec:
@@ -715,7 +725,7 @@ def _joined(parts: Sequence[Curves], dim: int) -> Curves:
 
 # ---- persistent evolution strategies --------------------------------------------------------------------------------
 
-OBJECTIVES = ("mean", "final")
+OBJECTIVES = ("mean", "log", "final")
 
 
 class PES:
@@ -737,13 +747,17 @@ class PES:
         horizon: T, the length of an inner run in steps.
         truncation: K, the length of a piece; T is a multiple.
         sigma: Standard deviation of a perturbation.
-        objective: ``mean``: the mean of the minibatch losses of the whole run. ``final``: that of the last piece.
+        objective: ``mean``: the mean of the minibatch losses of the whole run. ``log``: the mean of their logarithms,
+            to which the end of a run adds as much as its beginning (a loss below 1e-20 counts as that). ``final``: the
+            mean of the last piece.
         cap: See above.
         seed: Determines every draw.
         stagger: Whether the first runs have different lengths.
+        units: Units in which theta counts some of the rule's parameters, by their names; the others are counted
+            in ones. A perturbation of a parameter has ``sigma`` times its unit.
 
     Attributes:
-        theta: The rule's parameters, flat, [D]; change it between the pieces.
+        theta: The rule's parameters, flat and in their units, [D]; change it between the pieces.
         tensors: What the next piece needs beside theta.
 
     Raises:
@@ -763,6 +777,7 @@ class PES:
         cap: float = 4.0,
         seed: int = 0,
         stagger: bool = True,
+        units: Mapping[str, float] | None = None,
     ) -> None:
         for name, value in (("pairs", pairs), ("horizon", horizon), ("truncation", truncation)):
             if value < 1:
@@ -776,11 +791,20 @@ class PES:
         if objective not in OBJECTIVES:
             raise unknown("objective", objective, OBJECTIVES)
         _fits(rule, task)
+        units = dict(units or {})
+        for name, unit in units.items():
+            if name not in dict(rule.named_parameters()):
+                raise unknown("parameter of the rule", name, dict(rule.named_parameters()))
+            if not (math.isfinite(unit) and unit > 0):
+                raise UserError(f"units: {unit} for {name!r}; a positive number is wanted")
         self.rule, self.task = rule, task
         self.pairs, self.horizon, self.truncation = pairs, horizon, truncation
         self.sigma, self.objective, self.cap, self.seed = sigma, objective, cap, seed
         self._shapes = {name: p.shape for name, p in rule.named_parameters()}
-        self.theta = torch.cat([p.detach().reshape(-1) for p in rule.parameters()])
+        self.units = torch.cat(
+            [torch.full_like(p.detach(), units.get(n, 1.0)).reshape(-1) for n, p in rule.named_parameters()]
+        )
+        self.theta = torch.cat([p.detach().reshape(-1) for p in rule.parameters()]) / self.units
         like, layout = self.theta, rule.layout
         pieces = horizon // truncation
         ends = [math.ceil(pieces * (n + 1) / pairs) if stagger else pieces for n in range(pairs)]
@@ -803,7 +827,8 @@ class PES:
         return w[0], m[0]
 
     def parameters(self, theta: Tensor) -> dict[str, Tensor]:
-        """Flat parameters [..., D] as the rule's tensors [..., *shape]."""
+        """Flat parameters [..., D], in units, as the rule's tensors [..., *shape]."""
+        theta = theta * self.units
         pieces = theta.split([shape.numel() for shape in self._shapes.values()], dim=-1)
         return {n: piece.reshape((*theta.shape[:-1], *s)) for (n, s), piece in zip(self._shapes.items(), pieces)}
 
@@ -840,7 +865,11 @@ class PES:
         began[fresh] = True
         began = began.to(self.theta.device)
         weights, moments = s["weights"], s["moments"]
-        total, over = torch.zeros_like(s["before"]), torch.zeros(2 * n, dtype=torch.bool, device=weights.device)
+        total, logs, over = (
+            torch.zeros_like(s["before"]),
+            torch.zeros_like(s["before"]),
+            torch.zeros(2 * n, dtype=torch.bool, device=weights.device),
+        )
         for i in range(k):
             batch = tree_map(lambda x: torch.cat([x[:, i], x[:, i]]).to(weights.device), drawn)  # noqa: B023
             gradients, loss = self._slope(weights, batch)
@@ -848,7 +877,9 @@ class PES:
                 s["first"] = torch.where(began, loss[:n], s["first"])
                 bound = self.cap * s["first"].abs().repeat(2)
             over |= ~(loss <= bound)
-            total += torch.where(over, bound, loss)
+            counted = torch.where(over, bound, loss)
+            total += counted
+            logs += counted.clamp_min(1e-20).log()
             t = (s["done"] + i).repeat(2).to(weights)
             weights, moments = self._update(own, weights, gradients, moments, t)
         if not bool(torch.isfinite(s["first"]).all()):
@@ -856,7 +887,7 @@ class PES:
                 f"task {self.task.name!r}: the loss of fresh weights is not finite; check make() and loss()"
             )
         mean = total / k
-        value = mean if self.objective == "mean" else mean - s["before"]
+        value = {"mean": mean, "log": logs / k, "final": mean - s["before"]}[self.objective]
         gradient = (s["noise"] * (value[:n] - value[n:])[:, None]).mean(0) / (2 * self.sigma**2)
         if self.objective == "final":  # the differences of all pieces add up to the last one; this is their mean
             gradient = gradient * (self.horizon / k)
@@ -907,9 +938,11 @@ def pes_train(
     objective: str = "mean",
     cap: float = 4.0,
     seed: int = 0,
+    units: Mapping[str, float] | None = None,
     run: Run | None = None,
     save_every: int = 200,
     log_every: int = 20,
+    report: Callable[[dict[str, float]], None] | None = None,
 ) -> MetaTrained:
     """Learns a rule's parameters by persistent evolution strategies (:class:`PES`) and Adam.
 
@@ -926,13 +959,15 @@ def pes_train(
         lr: Step size of Adam on the parameters.
         decay: Whether ``lr`` goes to zero along half a cosine.
         clip: Largest norm of a gradient; longer ones are scaled down.
-        objective: ``mean`` or ``final``, see :class:`PES`.
+        objective: ``mean``, ``log`` or ``final``, see :class:`PES`.
         cap: See :class:`PES`.
         seed: Determines every draw.
+        units: See :class:`PES`; ``lr`` counts in them too.
         run: A folder from ``Run.open``: it gets metrics, the state, and at the end the checkpoint ``last``. Where
             it has a state, training goes on from there.
         save_every: Meta-steps between saved states.
         log_every: Meta-steps between rows of the history.
+        report: Called with each row of the history, in place of a progress bar.
 
     Returns:
         The learned rule and its history.
@@ -950,7 +985,7 @@ def pes_train(
     if run is not None and not isinstance(rule, LearnedOptimizer):
         raise UserError(f"a {type(rule).__name__} has no checkpoint; train it without run=")
     options = {"pairs": pairs, "horizon": horizon, "truncation": truncation, "sigma": sigma}
-    pes = PES(rule, task, **options, objective=objective, cap=cap, seed=seed)
+    pes = PES(rule, task, **options, objective=objective, cap=cap, seed=seed, units=units)
     theta = nn.Parameter(pes.theta.clone())
     adam = torch.optim.Adam([theta], lr=lr)
     start, resets, diverging = 0, 0, 0
@@ -963,8 +998,10 @@ def pes_train(
         adam.load_state_dict({**adam.state_dict(), "state": {0: moments}})
         pes.tensors = {name: tensors[f"pes.{name}"].to(value.device) for name, value in pes.tensors.items()}
         history, rows, diverging = meta["history"], meta["rows"], meta["diverging"]
-    bar = (run.track if run is not None else track)(range(start, steps), f"{task.name}: PES", total=steps, start=start)
-    for step in bar:
+    numbers: Iterable[int] = range(start, steps)
+    if report is None:
+        numbers = (run.track if run is not None else track)(numbers, f"{task.name}: PES", total=steps, start=start)
+    for step in numbers:
         pes.theta = theta.detach()
         gradient, info = pes.estimate(step)
         norm = float(gradient.norm())
@@ -983,6 +1020,8 @@ def pes_train(
         if done % log_every == 0 or done == steps:
             history.append({"step": done, **_summary(rows)})
             rows = []
+            if report is not None:
+                report(history[-1])
             if run is not None:
                 run.log(done, **{k: v for k, v in history[-1].items() if k != "step"})
         if run is not None and (done % save_every == 0 or done == steps):
@@ -999,6 +1038,7 @@ def pes_train(
             "steps": steps,
             **options,
             "objective": objective,
+            "units": dict(units or {}),
             "lr": lr,
             "clip": clip,
             "seed": seed,

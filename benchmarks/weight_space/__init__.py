@@ -17,6 +17,11 @@ for _name, _home in {
     "inr_copies": "inr:Copies",
     "inr_independent": "inr:Independent",
     "inr_shared": "inr:Shared",
+    "optimizer_cnn": "optimizers:OptimizerCNN",
+    "optimizer_mlp": "optimizers:OptimizerMLP",
+    "optimizer_policy": "optimizers:OptimizerPolicy",
+    "optimizer_rnn": "optimizers:OptimizerRNN",
+    "optimizer_transformer": "optimizers:OptimizerTransformer",
     "policy": "policies:Policy",
 }.items():
     TASKS.register(_name, f"fleetgym.benchmarks.weight_space.{_home}")
@@ -24,7 +29,14 @@ for _name, _home in {
 BENCHES: dict[str, tuple[str, ...]] = {
     "nfn": ("policy", "cnn", "inr_independent", "inr_shared"),
     "nft": ("inr_copies",),
-    "unf": ("gru_policy",),
+    "unf": (
+        "gru_policy",
+        "optimizer_mlp",
+        "optimizer_cnn",
+        "optimizer_rnn",
+        "optimizer_transformer",
+        "optimizer_policy",
+    ),
 }
 """The tasks of each command, unless others are asked for."""
 

@@ -1,4 +1,3 @@
-import json
 from dataclasses import replace
 
 import pytest
@@ -7,14 +6,14 @@ from torch.utils._pytree import tree_map
 
 from fleetgym.benchmarks import learned_optimizer as bench
 from fleetgym.core import UserError
-from fleetgym.merging.learned_optimizer import PES, Adam, LearnedOptimizer, unroll
+from fleetgym.merging.learned_optimizer import PES, Adam, LearnedOptimizer, Momentum, unroll
 
 pytest.importorskip("sklearn")
 
 
 @pytest.mark.parametrize("name", bench.FAMILIES)
 def test_families_can_be_learned_on(name):
-    found = bench.family(name)
+    found = bench.FAMILIES[name]
     task = found.make(found.width)
     few = replace(task, sets={"train": tree_map(lambda x: x[:200], task.sets["train"])})
     plain = unroll(Adam(task.spec, 0.02), few, 25, range(2)).measured["train"][0]
@@ -30,40 +29,33 @@ def test_families_can_be_learned_on(name):
         assert sum(p.numel() for p in moved.parameters()) == sum(p.numel() for p in learned.parameters())
 
 
-def test_a_comparison_is_written_and_goes_on(tmp_path, monkeypatch):
-    monkeypatch.setattr(bench, "TUNING_SEEDS", (1000,))
-    monkeypatch.setitem(bench.FAMILIES, "mlp", bench.Family(bench.mlp_task, 4, 6))
-    settings = bench.Settings(steps=2, horizon=4, truncation=2, pairs=1, seeds=(0,), inner_seeds=2, every=2)
-    rows = bench.compare("mlp", settings, tmp_path, ("unf",))
-    found = [(row["width"], row["rule"], row["tuned_on"]) for row in rows]
-    assert found == [
-        ("trained", "unf", "trained"),
-        ("trained", "sgdm", "trained"),
-        ("trained", "adam", "trained"),
-        ("other", "unf", "trained"),
-        ("other", "sgdm", "trained"),
-        ("other", "adam", "trained"),
-        ("other", "sgdm", "other"),
-        ("other", "adam", "other"),
-    ]
-    assert all(len(row["final"]) == 2 and row["places"] == [0, 2, 4] for row in rows)
-    document = json.loads((tmp_path / "mlp.json").read_text())
-    assert document["rows"] == rows and document["tuning"]["trained"]["sgdm"]["by"] in ("grid", "pes")
-    text = bench.table(rows)
-    assert text.count("\n") == 10 and "adam, tuned again" in text
-    assert bench.plot(rows, tmp_path / "curves.svg").stat().st_size > 1000
-    # The learned rule is read, not learned again, and a folder of other settings is refused.
-    rule = bench.meta_train("mlp", "unf", settings, 0, tmp_path / "mlp" / "unf-0")
+def test_a_search_finds_what_trains_best():
+    task = bench.mlp_task(8)
+    best, loss = bench.best_of(Momentum(task.spec), task, 10, (0, 1), {"alpha": torch.tensor([1e-4, 0.1, 1e9])})
+    assert best == {"alpha": pytest.approx(0.1)}
+    measured = bench.measure(Momentum(task.spec, 0.1), task, 10, (0, 1), 5)
+    assert measured["score"] == pytest.approx(loss, rel=1e-4)
+    assert [step for step, _ in measured["curve"]] == [0, 5, 10]
+    assert measured["curve"][-1][1] == pytest.approx(loss, rel=1e-4) and measured["test"] != measured["score"]
+    with pytest.raises(UserError, match="every setting of Momentum diverges on mlp-8"):
+        bench.best_of(Momentum(task.spec), task, 10, (0, 1), {"alpha": torch.tensor([1e30])})
+
+
+@pytest.mark.parametrize("tuned", [bench.tuned_momentum, bench.tuned_adam])
+def test_tuned_rules(tuned):
     task = bench.mlp_task(4)
-    assert bench.measure(rule, task, settings)["final"] == rows[0]["final"]
-    with pytest.raises(UserError, match="steps"):
-        bench.meta_train("mlp", "unf", bench.Settings(steps=3), 0, tmp_path / "mlp" / "unf-0")
+    small = replace(task, sets={name: (x[:64], y[:64]) for name, (x, y) in task.sets.items()})
+    rule, found = tuned(small, 4, (7,))
+    assert {name: p.item() for name, p in rule.named_parameters() if name in found["setting"]} == pytest.approx(
+        found["setting"]
+    )
+    assert bench.measure(rule, small, 4, (7,))["score"] == pytest.approx(found["loss"], rel=1e-4)
+    # Half or twice the step size is no better: the search went below its coarse grid.
+    for factor in (0.5, 2.0):
+        other = type(rule)(task.spec, **{**found["setting"], "alpha": factor * found["setting"]["alpha"]})
+        assert bench.measure(other, small, 4, (7,))["score"] > found["loss"]
 
 
-def test_bad_names():
-    with pytest.raises(UserError, match="unknown task family 'mpl'"):
-        bench.family("mpl")
-    with pytest.raises(UserError, match="does not fit the family 'rnn'"):
-        bench.meta_train("rnn", "nfn", bench.Settings(), 0, None)
+def test_heads_must_divide_the_width():
     with pytest.raises(UserError, match="multiple of 4"):
         bench.transformer_task(30)

@@ -439,17 +439,19 @@ def true_gradient(task, rule, horizon, objective, truncation, count=20_000):
         g, loss = slope(w, task.batches(generator, count))
         losses.append(loss)
         w, moments = rule(w, g, moments, w.new_full((count,), float(step)))
-    kept = losses if objective == "mean" else losses[-truncation:]
-    value = torch.stack(kept).mean()
+    kept = torch.stack(losses[-truncation:] if objective == "final" else losses)
+    value = (kept.log() if objective == "log" else kept).mean()
     return torch.cat([x.reshape(1) for x in torch.autograd.grad(value, list(rule.parameters()))])
 
 
-@pytest.mark.parametrize("objective", ["mean", "final"])
-def test_pes_is_unbiased_across_truncations(objective):
+@pytest.mark.parametrize(("objective", "units"), [("mean", {}), ("final", {}), ("log", {"alpha": 0.5, "gamma": 2.0})])
+def test_pes_is_unbiased_across_truncations(objective, units):
     task = quadratic()
     rule = Momentum(task.spec, 0.01, 0.3).double()
     horizon, truncation = 6, 3
+    # By the chain rule: a step of one in theta is a step of one unit in the parameter.
     truth = true_gradient(task, rule, horizon, objective, truncation)
+    truth = truth * torch.tensor([units.get("alpha", 1.0), units.get("gamma", 1.0)]).double()
 
     def estimates(persistent):
         pes = PES(
@@ -462,6 +464,7 @@ def test_pes_is_unbiased_across_truncations(objective):
             objective=objective,
             stagger=False,
             cap=1e9,
+            units=units,
         )
         found = []
         for run in range(8):
@@ -526,6 +529,37 @@ def test_a_resumed_run_gives_the_same_file(tmp_path, kind):
     assert torch.equal(optimizer.rule.trunk[0].weight, whole.rule.trunk[0].weight)
 
 
+def test_meta_training_in_units_and_with_reports():
+    task = regression()
+    start = Momentum(task.spec, 0.02, 0.5)
+    options = {"pairs": 6, "horizon": 20, "truncation": 5, "seed": 1, "decay": False}
+    # Adam's first step is as long as lr, in units.
+    rows = []
+    first = pes_train(start, task, 1, lr=0.01, units={"alpha": 0.1}, report=rows.append, **options).rule
+    assert abs(first.alpha.item() - 0.02) == pytest.approx(0.001, rel=1e-3)
+    assert abs(first.gamma.item() - 0.5) == pytest.approx(0.01, rel=1e-3)
+    assert [row["step"] for row in rows] == [1]
+    plain = pes_train(start, task, 1, lr=0.01, **options).rule
+    assert abs(plain.alpha.item() - 0.02) == pytest.approx(0.01, rel=1e-3)
+
+
+def test_a_correction_in_both_scales_grows_with_the_gradients():
+    task = regression()
+    generator = torch.Generator().manual_seed(3)
+    size = Momentum(task.spec).layout.size
+    w, g = torch.randn(2, 4, size, generator=generator).double()
+    t = torch.zeros(4).double()
+
+    def change(scale, factor):
+        rule = LearnedOptimizer(task.spec, "unf", scale=scale, beta=1.0, hidden=4).double()
+        with torch.no_grad():
+            new, _ = rule(w, factor * g, rule.fresh(4), t)
+        return w - new
+
+    assert torch.allclose(change("both", 1000.0), 1000 * change("both", 1.0), rtol=1e-6)
+    assert not torch.allclose(change("tensor", 1000.0), 1000 * change("tensor", 1.0), rtol=0.1)
+
+
 def test_diverging_inner_runs_begin_anew_and_are_counted():
     task = regression()
     rule = Momentum(task.spec, 0.35, 0.9)  # some runs diverge
@@ -579,6 +613,8 @@ def test_bad_meta_training_is_refused():
         ({"cap": 1.0}, "cap=1"),
         ({"objective": "best"}, "unknown objective"),
         ({"lr": float("nan")}, "lr=nan"),
+        ({"units": {"alfa": 1.0}}, "unknown parameter of the rule 'alfa'"),
+        ({"units": {"alpha": 0.0}}, "positive number"),
         ({"clip": 0.0}, "clip=0"),
         ({"log_every": 0}, "log_every=0"),
     ):

@@ -1,0 +1,292 @@
+"""Optimizers that are learned for a family of small networks, against tuned ones: curves at two widths.
+
+A rule is meta-trained on networks of one width and then trains networks that it has not met, of that width and, as it
+is, of another. The protocol is that of Zhou et al., "Universal Neural Functionals" (NeurIPS 2024, arXiv 2402.05232,
+section 4.2) at the size of a CPU.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+
+from fleetgym.benchmarks.learned_optimizer import FAMILIES, Family, measure, tuned_adam, tuned_momentum
+from fleetgym.benchmarks.weight_space.reading import count
+from fleetgym.benchmarks.weight_space.task import Job, check_positive
+from fleetgym.core import Run, UserError
+from fleetgym.core.errors import unknown
+from fleetgym.core.files import atomic_write
+from fleetgym.merging.learned_optimizer import InnerTask, LearnedOptimizer, UpdateRule, pes_train, unroll
+
+TUNED = {"sgdm": tuned_momentum, "adam": tuned_adam}
+
+
+@dataclass(frozen=True)
+class OptimizerMLP:
+    """Training perceptrons 64-32-10 on digits, and 64-64-10.
+
+    A learned rule begins as momentum SGD with the numbers ``alpha`` and ``gamma``, those that a search finds for the
+    family, rounded: so the meta-steps, which are few, need not find a step size. What f adds grows with the gradients
+    (``scale="both"``), so that it can shorten the steps over time and does not shake a network that is nearly trained.
+    The objective is the mean logarithm of the loss, because the mean loss is nearly all of the first steps.
+
+    Attributes:
+        steps: Meta-steps.
+        horizon: T, inner steps of a run, in meta-training and when measuring.
+        truncation: K, inner steps of a meta-step.
+        pairs: Antithetic pairs of inner runs.
+        sigma: Standard deviation of the perturbations.
+        learning_rate: Largest step size of the meta-parameters.
+        objective: See :func:`fleetgym.merging.learned_optimizer.pes_train`.
+        scale: What the correction sees and how large it is, see
+            :class:`fleetgym.merging.learned_optimizer.LearnedOptimizer`.
+        alpha: Step size that learned rules begin with.
+        gamma: Rate of the momentum that they begin with.
+        beta: Weight of the correction that they begin with.
+        last: Multiplies the first weights of the correction's last layer.
+        hidden: Channels of the correction.
+        tuning: Networks that tuned rules are tuned on; also those of ``validation``.
+        networks: Networks that every rule is measured on.
+        every: Inner steps between points of a curve.
+    """
+
+    name: ClassVar[str] = "optimizer_mlp"
+    title: ClassVar[str] = "Learned optimizers on perceptrons"
+    metric: ClassVar[str] = "training loss at the end"
+    higher: ClassVar[bool] = False
+    presets: ClassVar[dict[str, dict[str, Any]]] = {
+        "quick": {
+            "steps": 4,
+            "horizon": 20,
+            "truncation": 10,
+            "pairs": 2,
+            "hidden": 8,
+            "tuning": 1,
+            "networks": 2,
+            "every": 5,
+        }
+    }
+    family: ClassVar[str] = "mlp"
+    steps: int = 150
+    horizon: int = 200
+    truncation: int = 20
+    pairs: int = 8
+    sigma: float = 0.01
+    learning_rate: float = 0.003
+    objective: str = "log"
+    scale: str = "both"
+    alpha: float = 0.7
+    gamma: float = 0.875
+    beta: float = 1.0
+    last: float = 0.1
+    hidden: int = 32
+    tuning: int = 16
+    networks: int = 32
+    every: int = 10
+
+    def __post_init__(self) -> None:
+        check_positive(self, "steps", "horizon", "truncation", "pairs", "hidden", "tuning", "networks", "every")
+        if self.horizon % self.truncation:
+            raise UserError(
+                f"{self.name}.horizon={self.horizon} is no multiple of {self.name}.truncation={self.truncation}; "
+                "choose one that is"
+            )
+        if self.tuning > 500 or self.networks > 500:
+            raise UserError(f"{self.name}: tuning={self.tuning} and networks={self.networks} may be 500 at most")
+
+    @property
+    def found(self) -> Family:
+        """The family of problems."""
+        return FAMILIES[self.family]
+
+    def methods(self) -> tuple[str, ...]:
+        """See :class:`~fleetgym.benchmarks.weight_space.task.Task`."""
+        return (*TUNED, *(kind for kind in ("deepset", "nfn", "unf") if kind in self.found.kinds))
+
+    def prepare(self, seed: int, device: str) -> None:
+        """Nothing: families are made from data that packages bring along."""
+
+    def run(self, job: Job) -> dict[str, Any]:
+        """See :class:`~fleetgym.benchmarks.weight_space.task.Task`.
+
+        ``score`` is the mean training loss of ``networks`` networks after ``horizon`` steps; ``other_width`` holds the
+        same at a width that neither tuning nor meta-training has seen, and for tuned rules ``tuned_again`` what
+        they reach there with numbers that are tuned there. The networks are the same for all methods of a seed, and
+        others than those of tuning.
+        """
+        if job.method not in self.methods():
+            raise unknown("method", job.method, self.methods())
+        if job.device != "cpu":
+            raise UserError(f"--device {job.device}: {self.name} runs on the processor; its networks are small")
+        here, there = self.found.make(self.found.width), self.found.make(self.found.other)
+        # Seeds of networks: a thousand for each seed of the job, half of them for tuning.
+        tuning = range(1000 * job.seed + 500, 1000 * job.seed + 500 + self.tuning)
+        fresh = range(1000 * job.seed, 1000 * job.seed + self.networks)
+        began = time.process_time()
+        again = None
+        if job.method in TUNED:
+            rule, facts = TUNED[job.method](here, self.horizon, tuning)
+            row: dict[str, Any] = {"validation": facts["loss"], "found": facts["setting"]}
+            spent = time.process_time() - began
+            again, _ = TUNED[job.method](there, self.horizon, tuning)
+        else:
+            rule = self.learn(here, job)
+            spent = time.process_time() - began
+            ends = unroll(rule, here, self.horizon, tuning).measured["train"][0, :, -1]
+            numbers = {name: getattr(rule, name).item() for name in ("alpha", "gamma", "beta")}
+            row = {"validation": float(ends.mean()), "found": numbers}
+
+        def measured(rule: UpdateRule, task: InnerTask) -> dict[str, Any]:
+            return measure(rule, task, self.horizon, fresh, self.every)
+
+        row |= measured(rule, here)
+        row["other_width"] = measured(rule, there)
+        if again is not None:
+            row["tuned_again"] = measured(again, there)
+        widths = {"width": self.found.width, "other": self.found.other}
+        return {**row, **widths, "parameters": count(rule), "cpu_seconds": round(spent, 1)}
+
+    def learn(self, task: InnerTask, job: Job) -> LearnedOptimizer:
+        """Meta-trains a rule; what was stopped goes on from the state in the job's folder."""
+        start = LearnedOptimizer(
+            task.spec,
+            job.method,
+            symmetry="np" if job.method == "nfn" else self.found.symmetry,
+            hidden=self.hidden,
+            scale=self.scale,
+            alpha=self.alpha,
+            gamma=self.gamma,
+            beta=self.beta,
+            seed=job.seed,
+        )
+        with torch.no_grad():
+            for parameter in start.last.parameters():
+                parameter.mul_(self.last)
+        with Run.open(job.folder, {"job": job.name}, resume=True, tensorboard=False) as run:
+            trained = pes_train(
+                start,
+                task,
+                self.steps,
+                pairs=self.pairs,
+                horizon=self.horizon,
+                truncation=self.truncation,
+                sigma=self.sigma,
+                lr=self.learning_rate,
+                objective=self.objective,
+                # A perturbation is a hundredth of these numbers, not the same for a step size of 0.01 and one of 1.
+                units={"alpha": self.alpha, "gamma": 1 - self.gamma, "beta": self.beta},
+                seed=job.seed,
+                run=run,
+                report=job.reporter(self.steps),
+            )
+        assert isinstance(trained.rule, LearnedOptimizer)
+        return trained.rule
+
+    @classmethod
+    def plot(cls, rows: Sequence[Mapping[str, Any]], path: Path) -> Path:
+        """Draws the training loss against inner steps at both widths; a thin line for each seed."""
+        return plot(rows, path, cls.title)
+
+
+@dataclass(frozen=True)
+class OptimizerCNN(OptimizerMLP):
+    """Training small CNNs on digits; see :class:`OptimizerMLP`."""
+
+    name: ClassVar[str] = "optimizer_cnn"
+    title: ClassVar[str] = "Learned optimizers on CNNs"
+    family: ClassVar[str] = "cnn"
+    tuning: int = 8
+
+
+@dataclass(frozen=True)
+class OptimizerRNN(OptimizerMLP):
+    """Training recurrent networks to predict letters; see :class:`OptimizerMLP`."""
+
+    name: ClassVar[str] = "optimizer_rnn"
+    title: ClassVar[str] = "Learned optimizers on recurrent networks"
+    family: ClassVar[str] = "rnn"
+    hidden: int = 16
+    tuning: int = 4
+    networks: int = 16
+
+
+@dataclass(frozen=True)
+class OptimizerTransformer(OptimizerMLP):
+    """Training transformers to predict letters; see :class:`OptimizerMLP`."""
+
+    name: ClassVar[str] = "optimizer_transformer"
+    title: ClassVar[str] = "Learned optimizers on transformers"
+    family: ClassVar[str] = "transformer"
+    hidden: int = 16
+    tuning: int = 4
+    networks: int = 16
+
+
+@dataclass(frozen=True)
+class OptimizerPolicy(OptimizerMLP):
+    """Cloning the behaviour of a pendulum's expert by feed-forward policies; see :class:`OptimizerMLP`."""
+
+    name: ClassVar[str] = "optimizer_policy"
+    title: ClassVar[str] = "Learned optimizers on policies"
+    family: ClassVar[str] = "policy"
+
+
+_STYLES = {
+    "sgdm": ("#dd3333", "-"),
+    "adam": ("#dd8833", "-"),
+    "deepset": ("#338844", "-."),
+    "nfn": ("#22aacc", "--"),
+    "unf": ("#3366cc", "-"),
+}
+
+
+def plot(rows: Sequence[Mapping[str, Any]], path: Path, title: str) -> Path:
+    """Draws curves of training loss at the width that rules were made for and at another; see :class:`OptimizerMLP`.
+
+    Args:
+        rows: Of one task.
+        path: A .png or .svg file.
+        title: Above the panels.
+    """
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    with matplotlib.rc_context():
+        matplotlib.rcdefaults()  # not the user's matplotlibrc: the same results give the same plot everywhere
+        matplotlib.rcParams.update({"svg.hashsalt": "optimizers", "font.size": 9})
+        figure = Figure(figsize=(8.5, 3.4), layout="constrained")
+        figure.suptitle(title)
+        left, right = figure.subplots(1, 2, sharey=True)
+        seen: set[str] = set()
+
+        def draw(axes: Any, row: Mapping[str, Any], part: Mapping[str, Any], again: bool = False) -> None:
+            colour, line = _STYLES[row["method"]]
+            label = row["method"] + (", tuned again" if again else "")
+            steps, losses = zip(*part["curve"])
+            # What diverged has no loss from there on; matplotlib leaves NaN out.
+            losses = [float("nan") if loss is None else loss for loss in losses]
+            style = {"color": colour, "linewidth": 1.0, "linestyle": ":" if again else line}
+            axes.plot(steps, losses, **style, label=None if label in seen else label)
+            seen.add(label)
+
+        for row in rows:
+            draw(left, row, row)
+            draw(right, row, row["other_width"])
+            if "tuned_again" in row:
+                draw(right, row, row["tuned_again"], again=True)
+        for axes, name in ((left, f"width {rows[0]['width']}"), (right, f"width {rows[0]['other']}, not seen before")):
+            axes.set_title(name)
+            axes.set_yscale("log")
+            axes.set_xlabel("steps")
+            axes.spines[["top", "right"]].set_visible(False)
+        left.set_ylabel("training loss")
+        figure.legend(loc="outside right upper", frameon=False, fontsize=8)
+        with atomic_write(path) as temporary:
+            kind = path.suffix[1:]
+            figure.savefig(temporary, format=kind, dpi=120, metadata={"Date": None} if kind == "svg" else None)
+    return path
