@@ -19,6 +19,7 @@ ZOOS.register("cartpole", "fleetgym.benchmarks.zoos.cartpole:CartPole")
 ZOOS.register("cartpole_gru", "fleetgym.benchmarks.zoos.cartpole:CartPoleGRU")
 ZOOS.register("digits_cnn", "fleetgym.benchmarks.zoos.digits_cnn:DigitsCNN")
 ZOOS.register("digits_sirens", "fleetgym.benchmarks.zoos.sirens:DigitsSirens")
+ZOOS.register("digits_tickets", "fleetgym.benchmarks.zoos.tickets:DigitsTickets")
 ZOOS.register("meta_world", "fleetgym.benchmarks.zoos.meta_world:MetaWorld")
 ZOOS.register("mnist_sirens", "fleetgym.benchmarks.zoos.sirens:MNISTSirens")
 

@@ -71,12 +71,12 @@ class AdditionGRU:
 
     name: ClassVar[str] = "addition_gru"
     version: ClassVar[int] = 1
-    networks: int = 1500
+    networks: int = 1200
     hidden: int = 16
     digits: int = 3
-    learning_rate: tuple[float, float] = (5e-3, 5e-2)
-    steps: tuple[int, int] = (100, 800)
-    examples: tuple[int, int] = (50, 2000)
+    learning_rate: tuple[float, float] = (1e-2, 8e-2)
+    steps: tuple[int, int] = (150, 1000)
+    examples: tuple[int, int] = (100, 4000)
     seed: int = 0
     shares: tuple[float, float, float] = (2 / 3, 2 / 15, 1 / 5)
 
