@@ -15,25 +15,25 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from fleetgym.benchmarks.weight_space.reading import count, seeded
+from fleetgym.benchmarks.weight_space.task import Job, check_positive
 from fleetgym.benchmarks.zoos import images as sources
 from fleetgym.benchmarks.zoos import make_zoo
-from fleetgym.benchmarks.zoos.zoo import Zoo, split_groups
+from fleetgym.benchmarks.zoos.zoo import Zoo
 from fleetgym.core.errors import UserError, unknown
+from fleetgym.core.run import Run
 from fleetgym.core.weights import WeightSpec, evaluating
 from fleetgym.envs.fields.siren import fit_sirens, render
 from fleetgym.merging.functionals.batch import WeightBatch
 from fleetgym.merging.functionals.models import NFN, NFT, Reader, Scale, perceptron
 from fleetgym.merging.functionals.training import select, train
-
-if TYPE_CHECKING:
-    from fleetgym.benchmarks.weight_space.task import Job
 
 #: Collection of images -> the zoo of their SIRENs.
 ZOO_OF = {"digits": "digits_sirens", "mnist": "mnist_sirens"}
@@ -98,7 +98,7 @@ class Editing:
     same for all networks, by least squares; it changes the last layer alone) and ``mlp`` (:class:`FlatEditor`).
     ``nfn_np``, ``nfn_hnp`` and ``nft`` are equivariant. ``fitted`` is no editor but the reference: new SIRENs fitted to
     the changed test images. A universal functional (UNF) on these networks spans what ``nfn_hnp`` does, so it is not
-    run again. The splits are by image and drawn anew for each seed.
+    run again. The networks and their splits, which are by image, are made anew for each seed.
 
     Attributes:
         source: Collection of images, a key of :data:`ZOO_OF`.
@@ -109,7 +109,8 @@ class Editing:
         width: Channels of the NFT.
         blocks: Of the NFT.
         mlp: Width of the MLP.
-        steps: Gradient steps of each model.
+        steps: Gradient steps of the NFNs.
+        mlp_steps: Those of the MLP, which soon learns its networks by heart.
         nft_steps: Those of the NFT, whose steps are several times as dear.
         batch: Networks in one.
         learning_rate: Largest step size of the NFNs and the NFT.
@@ -130,6 +131,7 @@ class Editing:
             "width": 16,
             "blocks": 1,
             "steps": 60,
+            "mlp_steps": 60,
             "nft_steps": 20,
         },
         "cpu": {},
@@ -143,7 +145,8 @@ class Editing:
     width: int = 16
     blocks: int = 2
     mlp: int = 256
-    steps: int = 1000
+    steps: int = 600
+    mlp_steps: int = 300
     nft_steps: int = 400
     batch: int = 32
     learning_rate: float = 3e-3
@@ -153,9 +156,9 @@ class Editing:
     def __post_init__(self) -> None:
         if self.source not in ZOO_OF:
             raise unknown("collection of images", self.source, ZOO_OF)
-        for name in ("images", "channels", "layers", "width", "blocks", "mlp", "steps", "nft_steps", "batch"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name}={getattr(self, name)}: it must be at least 1")
+        check_positive(self, "channels", "layers", "width", "blocks", "mlp", "steps", "mlp_steps", "nft_steps", "batch")
+        if self.images < 30:
+            raise UserError(f"{self.name}.images={self.images}: at least 30, for three splits")
 
     def methods(self) -> tuple[str, ...]:
         """The rows of the table, baselines first, the reference last."""
@@ -165,30 +168,22 @@ class Editing:
         """The changed images, [N, h, w] -> [N, h, w]."""
         raise TypeError(f"{type(self).__name__} does not say how images change; use Dilate or Contrast")
 
-    def zoo(self, progress: bool = False) -> Zoo:
-        """The SIRENs, from the cache where they are in it."""
-        return make_zoo(ZOO_OF[self.source], images=self.images, init=self.init, progress=progress)
+    def prepare(self, seed: int, device: str) -> None:
+        """See :class:`~fleetgym.benchmarks.weight_space.task.Task`."""
+        self._zoo(seed, device)
 
-    def prepare(self, device: str) -> None:
-        """Makes the zoo. It is fitted on the CPU, whose kernels are faster at this."""
-        self.zoo(progress=True)
+    def _zoo(self, seed: int, device: str) -> Zoo:
+        size = {"images": self.images, "init": self.init, "shares": self.shares}
+        return make_zoo(ZOO_OF[self.source], **size, seed=seed, device=device)
 
-    def model(self, method: str, spec: WeightSpec, seed: int) -> Reader:
-        """An editor with its first weights.
-
-        Raises:
-            UserError: Unknown method, or one that trains nothing.
-        """
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            if method == "mlp":
-                return FlatEditor(spec, self.mlp)
-            if method in ("nfn_np", "nfn_hnp"):
-                hidden = (self.channels,) * self.layers
-                return NFN(spec, hidden=hidden, symmetry=method.removeprefix("nfn_"), head="editor")
-            if method == "nft":
-                return NFT(spec, width=self.width, blocks=self.blocks, head="editor")
-        raise unknown("method", method, self.methods())
+    def model(self, method: str, spec: WeightSpec) -> Reader:
+        """An editor with first weights from torch's global generator."""
+        if method == "mlp":
+            return FlatEditor(spec, self.mlp)
+        if method == "nft":
+            return NFT(spec, width=self.width, blocks=self.blocks, head="editor")
+        hidden = (self.channels,) * self.layers
+        return NFN(spec, hidden=hidden, symmetry=method.removeprefix("nfn_"), head="editor")
 
     def run(self, job: Job) -> dict[str, Any]:
         """Trains one editor and measures it.
@@ -203,10 +198,10 @@ class Editing:
         """
         if job.method not in self.methods():
             raise unknown("method", job.method, self.methods())
-        zoo = self.zoo()
+        zoo = self._zoo(job.seed, "cpu")
         images = getattr(sources, self.source)()[0][zoo.targets["image"]]
         wanted = self.wanted(images)
-        splits = split_groups(zoo.groups, self.shares, job.seed)
+        splits = zoo.splits
         size, omega = tuple(images.shape[1:]), zoo.network["omega"]
         weights = WeightBatch.stack(zoo.spec, zoo.weights)
         start = time.process_time()
@@ -225,7 +220,7 @@ class Editing:
                 edit, parameters = self._affine(weights, wanted, splits["train"], omega), 2
             else:
                 model, curve = self._trained(job, weights, wanted, splits, omega)
-                edit, parameters = model, sum(p.numel() for p in model.parameters())
+                edit, parameters = model, count(model)
                 model.eval()
                 weights = model.fitted(weights)
             spent = time.process_time() - start
@@ -237,7 +232,7 @@ class Editing:
             "validation": errors["val"],
             "psnr": -10 * float(np.log10(max(errors["test"], 1e-12))),
             "parameters": parameters,
-            "cpu_seconds": spent,
+            "cpu_seconds": round(spent, 1),
             "networks": len(splits["train"]),
             "curve": curve,
             "pictures": {
@@ -270,7 +265,8 @@ class Editing:
         self, job: Job, weights: WeightBatch, wanted: Tensor, splits: Mapping[str, Tensor], omega: float
     ) -> tuple[Reader, list[list[float]]]:
         """A trained editor with its best weights on the validation split, and its curve."""
-        model = self.model(job.method, weights.layout.spec, job.seed)
+        with seeded(job):
+            model = self.model(job.method, weights.layout.spec)
         parts = {name: model.fitted(select(weights, splits[name])) for name in ("train", "val")}
         model.normalise(parts["train"], by="weight" if job.method == "mlp" else "part")
         size = tuple(wanted.shape[1:])
@@ -285,53 +281,58 @@ class Editing:
                 error = (_edited(model, held, size, omega) - held_goals).square().mean()
             return {"score": -float(error)}
 
-        steps = self.nft_steps if job.method == "nft" else self.steps
-        found = train(
-            model,
-            step_loss,
-            len(inputs),
-            steps=steps,
-            batch_size=min(self.batch, len(inputs)),
-            learning_rate=self.mlp_learning_rate if job.method == "mlp" else self.learning_rate,
-            evaluate_every=max(1, steps // 10),
-            judge=judge,
-            seed=job.seed,
-            device=job.device,
-            report=job.report and (lambda row: job.report(f"step {row['step']}: {-row['validation_score']:.5f}")),
-        )
+        steps = {"mlp": self.mlp_steps, "nft": self.nft_steps}.get(job.method, self.steps)
+        with Run.open(job.folder, {"job": job.name}, resume=True, tensorboard=False) as run:
+            found = train(
+                model,
+                step_loss,
+                len(inputs),
+                steps=steps,
+                batch_size=min(self.batch, len(inputs)),
+                learning_rate=self.mlp_learning_rate if job.method == "mlp" else self.learning_rate,
+                evaluate_every=max(1, steps // 10),
+                judge=judge,
+                seed=job.seed,
+                device=job.device,
+                run=run,
+                report=job.reporter(steps),
+            )
         return model, [[row["step"], -row["validation_score"]] for row in found.history]
 
-    def plot(self, rows: Sequence[Mapping[str, Any]], path: Path) -> None:
+    @staticmethod
+    def plot(rows: Sequence[Mapping[str, Any]], path: Path) -> Path | None:
         """A contact sheet of the smallest seed: what test networks show, what they should, and after each edit.
 
         Args:
             rows: Results of :meth:`run` with ``method`` and ``seed``.
             path: PNG file to write.
+
+        Returns:
+            The file, or None where no row shows an edit.
         """
         from matplotlib.figure import Figure
 
         from fleetgym.core.files import atomic_write
 
-        first = min(row["seed"] for row in rows)
-        order = [name for name in self.methods() if name != "nothing"]
-        chosen = sorted((r for r in rows if r["seed"] == first and r["method"] in order), key=lambda r: order.index(r["method"]))
-        if not chosen:
-            return
-        strips = [("original", _decoded(chosen[0], "original")), ("wanted", _decoded(chosen[0], "wanted"))]
-        strips += [(f"{row['method']}\n{row['score']:.4f}", _decoded(row, "edited")) for row in chosen]
+        edits = [row for row in rows if row["method"] != "nothing"]
+        if not edits:
+            return None
+        seed = min(row["seed"] for row in edits)
+        edits = [row for row in edits if row["seed"] == seed]
+        strips = [(name, _decoded(edits[0], name)) for name in ("original", "wanted")]
+        strips += [(f"{row['method']}\n{row['score']:.4f}", _decoded(row, "edited")) for row in edits]
         number = len(strips[0][1])
-        figure = Figure(figsize=(1.1 + number, 0.4 + len(strips)))
+        figure = Figure(figsize=(1.2 + number, len(strips)))
         grid = figure.subplots(len(strips), number, squeeze=False)
-        figure.subplots_adjust(left=1.1 / (1.1 + number), right=0.99, top=0.97, bottom=0.01, wspace=0.04, hspace=0.04)
+        figure.subplots_adjust(left=1.2 / (1.2 + number), right=0.99, top=0.99, bottom=0.01, wspace=0.04, hspace=0.04)
         for line, (label, strip) in zip(grid, strips):
             for axes, picture in zip(line, strip):
                 axes.imshow(picture, cmap="gray", vmin=0, vmax=255, interpolation="nearest")
-                axes.set_xticks([])
-                axes.set_yticks([])
-            line[0].set_ylabel(label, rotation=0, ha="right", va="center", fontsize=8)
-        figure.suptitle(f"{self.title}: test networks, seed {first}; mean squared error", fontsize=8, y=0.995)
+                axes.set(xticks=[], yticks=[])
+            line[0].set_ylabel(label, rotation=0, ha="right", va="center", fontsize=9)
         with atomic_write(path) as temporary:
             figure.savefig(temporary, format="png", dpi=110, metadata={"Software": None})
+        return path
 
 
 def _same(x: WeightBatch) -> WeightBatch:
