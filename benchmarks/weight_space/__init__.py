@@ -13,18 +13,22 @@ TASKS: Registry[Any] = Registry("weight-space task", group="fleetgym.weight_spac
 """Name -> :class:`~fleetgym.benchmarks.weight_space.task.Task`, a dataclass of settings."""
 for _name, _home in {
     "cnn": "cnn:CNN",
+    "contrast": "editing:Contrast",
+    "dilate": "editing:Dilate",
     "gru_policy": "policies:GRUPolicy",
     "inr_copies": "inr:Copies",
     "inr_independent": "inr:Independent",
     "inr_shared": "inr:Shared",
     "policy": "policies:Policy",
+    "rnn": "rnn:RNN",
+    "tickets": "tickets:Tickets",
 }.items():
     TASKS.register(_name, f"fleetgym.benchmarks.weight_space.{_home}")
 
 BENCHES: dict[str, tuple[str, ...]] = {
-    "nfn": ("policy", "cnn", "inr_independent", "inr_shared"),
+    "nfn": ("policy", "cnn", "inr_independent", "inr_shared", "dilate", "contrast", "tickets"),
     "nft": ("inr_copies",),
-    "unf": ("gru_policy",),
+    "unf": ("gru_policy", "rnn"),
 }
 """The tasks of each command, unless others are asked for."""
 

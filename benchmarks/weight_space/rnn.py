@@ -51,7 +51,7 @@ class RNN:
     presets: ClassVar[dict[str, dict[str, Any]]] = {
         "quick": {"networks": 125, "hidden": 8, "digits": 2, "steps": 30, "channels": 8, "layers": 2, "probes": 16}
     }
-    networks: int = 1200
+    networks: int = 1000
     hidden: int = 16
     digits: int = 3
     steps: int = 1000

@@ -113,12 +113,13 @@ class TicketVAE(nn.Module):
 class Tickets:
     """Masks of 5 % of the weights for perceptrons 64-32-10 on handwritten digits.
 
-    ``random`` draws a mask of the size, with as many weights of each matrix as the training tickets have on average;
-    ``magnitude`` takes the largest first weights, as many of each matrix; ``marginal`` draws weights with the
-    frequencies that training tickets have at their input and output, whatever the weights are; ``logistic`` is a
+    All masks but the true ones have as many weights of each matrix as the training tickets have on average.
+
+    ``random`` draws them; ``magnitude`` takes the largest first weights; ``marginal`` draws with the frequencies that
+    training tickets have at a weight's input or output, whatever the weights are; ``logistic`` takes the best by a
     regression on the weight's size and the logarithm of that frequency. ``nfn_deterministic`` predicts each weight of
     the mask by cross-entropy, ``nfn`` is :class:`TicketVAE`; both take the largest predictions. ``imp`` is the true
-    ticket, found by training the network seven times.
+    ticket, for which the network was trained seven times.
 
     Attributes:
         networks: Pairs; 80 % train, 10 % select, 10 % test.
@@ -203,15 +204,15 @@ class Tickets:
         elif job.method == "marginal":
             # The largest of log p + Gumbel noise are a draw without replacement by p.
             noise = -torch.log(-torch.log(torch.rand(sizes.shape, generator=draws).clamp(1e-9, 1 - 1e-7)))
-            masks = largest(self._frequencies(tickets[known]).log() + noise, maker.kept)
+            masks = self._by_layer(self._frequencies(tickets[known]).log() + noise, each)
         elif job.method == "logistic":
             scores, extra["parameters"] = self._logistic(sizes, tickets, known)
-            masks = largest(scores, maker.kept)
+            masks = self._by_layer(scores, each)
         else:
             masks = torch.zeros_like(tickets)
             held = torch.cat([zoo.splits["val"], zoo.splits["test"]])
             scores, found = self._predicted(job, zoo, held)
-            masks[held] = largest(scores, maker.kept)
+            masks[held] = self._by_layer(scores, each)
             extra |= found
         extra["cpu_seconds"] = round(time.process_time() - began, 1)
         return {**extra, **self._measured(maker, zoo, masks)}

@@ -25,7 +25,7 @@ from fleetgym.core.errors import UserError
 from fleetgym.core.seeding import torch_generator
 
 _AT_ONCE = 125
-_BATCHES = (16, 32, 64)  # sums in a gradient step; all networks of a part have the same
+_BATCHES = (8, 16, 32)  # sums in a gradient step; all networks of a part have the same
 _TEST = 512  # sums that every network is measured by
 
 
@@ -71,7 +71,7 @@ class AdditionGRU:
 
     name: ClassVar[str] = "addition_gru"
     version: ClassVar[int] = 1
-    networks: int = 1200
+    networks: int = 1000
     hidden: int = 16
     digits: int = 3
     learning_rate: tuple[float, float] = (1e-2, 8e-2)

@@ -27,7 +27,7 @@ def test_the_images_of_the_splits_are_different_ones():
 
 
 def test_networks_under_a_mask():
-    maker = DigitsTickets(networks=3, hidden=8, steps=60)
+    maker = DigitsTickets(networks=3, hidden=8, steps=60, learning_rate=0.03)
     rng = torch_generator("test_tickets")
     module = MLP([64, 8, 10], "relu")
     first = {key: 0.2 * torch.randn(3, *value.shape, generator=rng) for key, value in module.state_dict().items()}
