@@ -28,6 +28,7 @@ from fleetgym.benchmarks.zoos import images as sources
 from fleetgym.benchmarks.zoos import make_zoo
 from fleetgym.benchmarks.zoos.zoo import Zoo
 from fleetgym.core.errors import UserError, unknown
+from fleetgym.core.files import atomic_write
 from fleetgym.core.run import Run
 from fleetgym.core.weights import WeightSpec, evaluating
 from fleetgym.envs.fields.siren import fit_sirens, render
@@ -113,8 +114,9 @@ class Editing:
         mlp_steps: Those of the MLP, which soon learns its networks by heart.
         nft_steps: Those of the NFT, whose steps are several times as dear.
         batch: Networks in one.
-        learning_rate: Largest step size of the NFNs and the NFT.
+        learning_rate: Largest step size of the NFNs.
         mlp_learning_rate: That of the MLP.
+        nft_learning_rate: That of the NFT.
         shares: Of train, val and test, in images.
 
     Raises:
@@ -145,12 +147,13 @@ class Editing:
     width: int = 16
     blocks: int = 2
     mlp: int = 256
-    steps: int = 600
-    mlp_steps: int = 300
+    steps: int = 400
+    mlp_steps: int = 200
     nft_steps: int = 400
     batch: int = 32
     learning_rate: float = 3e-3
     mlp_learning_rate: float = 1e-3
+    nft_learning_rate: float = 5e-3
     shares: tuple[float, float, float] = (0.8, 0.05, 0.15)
 
     def __post_init__(self) -> None:
@@ -281,7 +284,8 @@ class Editing:
                 error = (_edited(model, held, size, omega) - held_goals).square().mean()
             return {"score": -float(error)}
 
-        steps = {"mlp": self.mlp_steps, "nft": self.nft_steps}.get(job.method, self.steps)
+        own = {"mlp": (self.mlp_steps, self.mlp_learning_rate), "nft": (self.nft_steps, self.nft_learning_rate)}
+        steps, learning_rate = own.get(job.method, (self.steps, self.learning_rate))
         with Run.open(job.folder, {"job": job.name}, resume=True, tensorboard=False) as run:
             found = train(
                 model,
@@ -289,7 +293,7 @@ class Editing:
                 len(inputs),
                 steps=steps,
                 batch_size=min(self.batch, len(inputs)),
-                learning_rate=self.mlp_learning_rate if job.method == "mlp" else self.learning_rate,
+                learning_rate=learning_rate,
                 evaluate_every=max(1, steps // 10),
                 judge=judge,
                 seed=job.seed,
@@ -311,8 +315,6 @@ class Editing:
             The file, or None where no row shows an edit.
         """
         from matplotlib.figure import Figure
-
-        from fleetgym.core.files import atomic_write
 
         edits = [row for row in rows if row["method"] != "nothing"]
         if not edits:

@@ -1,9 +1,9 @@
 """Task ``rnn``: how many sums a GRU gets right, read from its weights.
 
-After the experiment on the Tiny RNN Zoo in Zhou et al., "Universal neural functionals" (NeurIPS 2024, arXiv 2402.05232),
-on the networks of :class:`fleetgym.benchmarks.zoos.addition.AdditionGRU`, which are fewer and smaller and have an easier
-form of the same work. Their figures (Kendall tau .831 for deep sets, .884 for StatNN, .897 for UNF, from 8000
-networks) are not to be compared with those of this task.
+After the experiment on the Tiny RNN Zoo in Zhou et al., "Universal neural functionals" (NeurIPS 2024, arXiv
+2402.05232), on the networks of :class:`fleetgym.benchmarks.zoos.addition.AdditionGRU`, which are fewer and smaller and
+have an easier form of the same work. Their figures (Kendall tau .831 for deep sets, .884 for StatNN, .897 for UNF, from
+8000 networks) are not to be compared with those of this task.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
 A ticket is a mask over the weights found by iterative magnitude pruning with rewinding (Frankle and Carbin, "The
 Lottery Ticket Hypothesis", ICLR 2019): train, drop the smallest of the weights that are left, set the others back to
-where they began, and so on. Zhou et al. (NeurIPS 2023, arXiv 2302.14040) predict such masks from the first weights; they
-prune networks of MNIST and CIFAR-10, here it is a perceptron on scikit-learn's handwritten digits.
+where they began, and so on. Zhou et al. (NeurIPS 2023, arXiv 2302.14040) predict such masks from the first weights;
+they prune networks of MNIST and CIFAR-10, here it is a perceptron on scikit-learn's handwritten digits.
 """
 
 from __future__ import annotations

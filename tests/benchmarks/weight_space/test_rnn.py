@@ -49,7 +49,9 @@ def test_the_deep_set_sees_each_weight_alone_until_it_pools(zoo):
     other["core.weight_hh_l0"][:, 0, 0] += 1.0
     for method, alone in (("deepset", True), ("unf", False)):
         model = SMALL.model(method, zoo).eval()
-        features = [model.features(model.fitted(WeightBatch.stack(model.layout, w))).tensors() for w in (weights, other)]
+        features = [
+            model.features(model.fitted(WeightBatch.stack(model.layout, w))).tensors() for w in (weights, other)
+        ]
         moved = {key: (features[0][key] - features[1][key]).abs().amax((0, -1)) > 1e-7 for key in weights}
         # The gates of a unit are one place: three weights of the tensor change, and no other.
         assert (moved["core.weight_hh_l0"].sum() == 3 and not moved["head.weight"].any()) == alone
