@@ -51,6 +51,7 @@ class Progress:
         self.printed: dict[str, float] = {}
 
     def __call__(self, name: str, done: int, total: int, words: str = "") -> None:
+        """Shows how far something is."""
         if name not in self.ids:
             self.ids[name] = self.bars.add_task(name, total=total, words=words)
         self.bars.update(self.ids[name], completed=done, words=words)

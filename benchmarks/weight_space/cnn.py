@@ -76,6 +76,7 @@ class CNN:
                 width=self.width,
                 dropout=self.dropout,
                 probes=self.probes,
+                options={"squash": True} if job.method == "probes" else None,  # the largest output decides
             ),
             zoo,
             "test_accuracy",

@@ -26,6 +26,7 @@ class Policy:
         probes: How many inputs ``probes`` learns.
         dropout: See the models.
         weight_decay: Of AdamW.
+        flips: Whether training negates hidden units at random; behind tanh a policy does the same then.
     """
 
     name: ClassVar[str] = "policy"
@@ -39,12 +40,13 @@ class Policy:
     steps: int = 2000
     learning_rate: float = 3e-3
     batch_size: int = 64
-    channels: int = 32
+    channels: int = 24
     layers: int = 3
     width: int = 128
     probes: int = 64
     dropout: float = 0.0
     weight_decay: float = 0.01
+    flips: bool = True
 
     def __post_init__(self) -> None:
         check_positive(self, "steps", "batch_size", "channels", "layers", "width", "probes")
@@ -79,6 +81,7 @@ class Policy:
                 width=self.width,
                 dropout=self.dropout,
                 probes=self.probes,
+                options={"squash": True} if job.method == "probes" else None,  # they push to the side of a sign
             ),
             zoo,
             "success",
@@ -87,6 +90,7 @@ class Policy:
             learning_rate=self.learning_rate,
             batch_size=self.batch_size,
             weight_decay=self.weight_decay,
+            flips=self.flips,
         )
 
     def probe(self) -> tuple[int, ...]:
@@ -108,7 +112,7 @@ class GRUPolicy(Policy):
     presets: ClassVar[dict[str, dict[str, Any]]] = {
         "quick": {"policies": 200, "steps": 30, "channels": 8, "probes": 16, "horizon": 4}
     }
-    policies: int = 1500
+    policies: int = 2400
     steps: int = 1000
     channels: int = 16
     horizon: int = 12

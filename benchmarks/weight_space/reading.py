@@ -13,6 +13,7 @@ from fleetgym.benchmarks.weight_space.task import Job
 from fleetgym.benchmarks.zoos.zoo import Zoo
 from fleetgym.core.run import Run
 from fleetgym.core.seeding import torch_generator
+from fleetgym.merging.functionals.augment import SignFlips
 from fleetgym.merging.functionals.batch import WeightBatch
 from fleetgym.merging.functionals.models import NFN, NFT, UNF, FlatMLP, ProbeEncoder, Reader, StatNN
 from fleetgym.merging.functionals.training import evaluate, fit
@@ -87,7 +88,7 @@ def read(
     batch_size: int = 64,
     weight_decay: float = 0.01,
     normalise: str = "part",
-    augment: Callable[[Any, Any], Any] | None = None,
+    flips: bool = False,
     evaluate_every: int | None = None,
 ) -> dict[str, Any]:
     """Trains a model on a zoo's training split, keeps the step that is best on its validation split, and tests it.
@@ -103,7 +104,7 @@ def read(
         batch_size: See there.
         weight_decay: See there.
         normalise: See :meth:`Reader.normalise`.
-        augment: See there.
+        flips: Whether training negates hidden units at random, where that changes nothing that a network does.
         evaluate_every: See there; a tenth of the steps by default.
 
     Returns:
@@ -126,7 +127,7 @@ def read(
             learning_rate=learning_rate,
             weight_decay=weight_decay,
             evaluate_every=evaluate_every or max(1, steps // 10),
-            augment=augment,
+            augment=SignFlips(model.layout) if flips else None,
             seed=job.seed,
             device=job.device,
             run=run,

@@ -519,6 +519,9 @@ class ProbeEncoder(Reader):
         hidden: Width of the two hidden layers.
         dropout: Before the last layer.
         scale: Standard deviation of the inputs at first.
+        squash: Reads where the outputs are large and which sign they have, not how large: each network's outputs are
+            divided by their root mean square, and a tanh of learned steepness follows. Right for networks that act by
+            a sign or by the largest output, which a positive factor does not change.
 
     Raises:
         UserError: No probes, or a module that cannot take such inputs.
@@ -535,6 +538,7 @@ class ProbeEncoder(Reader):
         hidden: int = 128,
         dropout: float = 0.0,
         scale: float = 1.0,
+        squash: bool = False,
     ) -> None:
         super().__init__(spec, 1)
         if probes < 1:
@@ -544,6 +548,7 @@ class ProbeEncoder(Reader):
         object.__setattr__(self, "_network", module)
         rest = {k: v for k, v in module.state_dict().items() if k not in self.layout.shapes}
         self._rest = tuple(rest)
+        self.steepness = nn.Parameter(torch.ones(())) if squash else None
         for i, value in enumerate(rest.values()):
             self.register_buffer(f"rest{i}", value.detach().clone())
         own = {k: v for k, v in module.state_dict().items() if k in self.layout.shapes}
@@ -560,7 +565,12 @@ class ProbeEncoder(Reader):
         """What the networks answer to the probes, [B, probes * outputs of the network]."""
         x = self.fitted(x)
         rest = {key: getattr(self, f"rest{i}") for i, key in enumerate(self._rest)}
-        return run_networks(self._network, {k: t[..., 0] for k, t in x.tensors().items()}, self.probes, rest).flatten(1)
+        tensors = {key: tensor[..., 0] for key, tensor in x.tensors().items()}
+        found = run_networks(self._network, tensors, self.probes, rest).flatten(1)
+        if self.steepness is None:
+            return found
+        size = found.square().mean(1, keepdim=True).add(1e-12).sqrt()
+        return torch.tanh(self.steepness * found / size)
 
     def forward(self, x: WeightBatch) -> Tensor:
         """[B, outputs]."""
