@@ -42,6 +42,7 @@ class RNN:
         probes: How many sequences ``probes`` learns.
         dropout: See the models.
         weight_decay: Of AdamW.
+        flips: Whether training negates hidden units at random; behind tanh a network does the same then.
     """
 
     name: ClassVar[str] = "rnn"
@@ -63,6 +64,7 @@ class RNN:
     probes: int = 32
     dropout: float = 0.0
     weight_decay: float = 0.01
+    flips: bool = True
 
     def __post_init__(self) -> None:
         check_positive(self, "steps", "batch_size", "channels", "layers", "width", "probes")
@@ -102,6 +104,7 @@ class RNN:
             width=self.width,
             dropout=self.dropout,
             probes=self.probes,
+            options={"squash": True} if method == "probes" else None,  # the largest output is the digit
         )
 
     def run(self, job: Job) -> dict[str, Any]:
@@ -119,4 +122,5 @@ class RNN:
             learning_rate=self.learning_rate,
             batch_size=self.batch_size,
             weight_decay=self.weight_decay,
+            flips=self.flips,
         )
