@@ -11,6 +11,7 @@ not to be compared with those of this task.
 from __future__ import annotations
 
 import base64
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -59,6 +60,34 @@ def enhance(images: Tensor, factor: float = 2.0) -> Tensor:
     return (mean + factor * (images - mean)).clamp(0, 1)
 
 
+def canonical(weights: Mapping[str, Tensor], omega: float) -> dict[str, Tensor]:
+    """The same SIRENs with weights that are easier to read: signs and whole turns of hidden units are chosen for them.
+
+    A sine is odd, so a hidden unit may be negated together with what leaves it; and it has a period, so a bias may move
+    by ``2 pi / omega``. Nothing that is shown changes. Units of the first layer get a first input weight that is not
+    negative, those of others an outgoing weight that is not negative (their sum, where several leave), and all biases
+    lie within half a turn of zero.
+
+    Args:
+        weights: Stacked state dict, tensors [N, ...].
+        omega: Frequency of the networks.
+
+    Returns:
+        Tensors of the same shapes.
+    """
+    found = {key: value.clone() for key, value in weights.items()}
+    layers, turn = len(found) // 2, 2 * math.pi / omega
+    for i in reversed(range(layers - 1)):
+        weight, bias, after = (found[f"layers.{k}"] for k in (f"{i}.weight", f"{i}.bias", f"{i + 1}.weight"))
+        by = weight[..., 0] if i == 0 else after.sum(1)
+        sign = torch.where(by < 0, -1.0, 1.0).to(weight)
+        weight *= sign[..., None]
+        bias *= sign
+        after *= sign[:, None]
+        bias -= turn * (bias / turn).round()
+    return found
+
+
 class FlatEditor(Reader):
     """``U + gamma MLP(U)`` on the flat vector of weights, each normalised by itself: an editor without symmetry.
 
@@ -105,6 +134,7 @@ class Editing:
         source: Collection of images, a key of :data:`ZOO_OF`.
         images: How many.
         init: Initial weights of the SIRENs, ``independent`` or ``shared``.
+        canonical: Whether all methods see the weights as :func:`canonical` gives them.
         channels: Of each layer of the NFNs.
         layers: Of the NFNs.
         width: Channels of the NFT.
@@ -142,6 +172,7 @@ class Editing:
     source: str = "mnist"
     images: int = 2000
     init: str = "independent"
+    canonical: bool = True
     channels: int = 32
     layers: int = 3
     width: int = 16
@@ -206,7 +237,7 @@ class Editing:
         wanted = self.wanted(images)
         splits = zoo.splits
         size, omega = tuple(images.shape[1:]), zoo.network["omega"]
-        weights = WeightBatch.stack(zoo.spec, zoo.weights)
+        weights = WeightBatch.stack(zoo.spec, canonical(zoo.weights, omega) if self.canonical else zoo.weights)
         start = time.process_time()
         curve: list[list[float]] = []
         parameters = 0

@@ -6,12 +6,13 @@ import numpy as np
 import pytest
 import torch
 
-from fleetgym.benchmarks.weight_space.editing import Contrast, Dilate, dilate, enhance, shown
+from fleetgym.benchmarks.weight_space.editing import Contrast, Dilate, canonical, dilate, enhance, shown
 from fleetgym.benchmarks.weight_space.task import Job
 from fleetgym.benchmarks.zoos.images import digits
 from fleetgym.core import Element
 from fleetgym.core.errors import UserError
 from fleetgym.core.seeding import generator
+from fleetgym.envs.fields.siren import render
 from fleetgym.merging.functionals.batch import WeightBatch
 from fleetgym.merging.functionals.training import select
 
@@ -48,6 +49,31 @@ def test_contrast_is_pillows():
         theirs = np.asarray(ImageEnhance.Contrast(Image.fromarray(level)).enhance(1.7), np.float32)
         assert np.abs(theirs - mine).max() < 1.5  # theirs has a whole number for the mean, and whole levels
     assert found.min() == 0 and found.max() == 255
+
+
+@pytest.mark.parametrize("hidden", [(9,), (9, 7), (6, 8, 5)])
+def test_canonical_weights_show_the_same(hidden):
+    omega, sizes = 30.0, [2, *hidden, 1]
+    torch.manual_seed(0)
+    weights = {}
+    for i, (a, b) in enumerate(zip(sizes, sizes[1:])):
+        weights[f"layers.{i}.weight"] = torch.randn(4, b, a, dtype=torch.float64) / (1 if i == 0 else omega)
+        weights[f"layers.{i}.bias"] = torch.randn(4, b, dtype=torch.float64)
+    found = canonical(weights, omega)
+    before, after = (render(w, (7, 5), omega=omega) for w in (weights, found))
+    assert torch.allclose(before, after, atol=1e-9) and before.std() > 0.1
+    assert (found["layers.0.weight"][..., 0] >= 0).all()
+    for i in range(len(hidden)):
+        assert found[f"layers.{i}.bias"].abs().max() <= np.pi / omega + 1e-9
+        assert i == 0 or (found[f"layers.{i + 1}.weight"].sum(1) >= 0).all()
+    # Networks that are the same but for signs and turns become the same.
+    other = {key: value.clone() for key, value in weights.items()}
+    other["layers.0.weight"][:, 1] *= -1
+    other["layers.0.bias"][:, 1] = 4 * np.pi / omega - other["layers.0.bias"][:, 1]
+    other["layers.1.weight"][:, :, 1] *= -1
+    again = canonical(other, omega)
+    assert all(torch.allclose(again[key], found[key], atol=1e-9) for key in found)
+    assert not torch.allclose(other["layers.0.bias"], weights["layers.0.bias"])
 
 
 @pytest.mark.parametrize("method", ["nfn_np", "nfn_hnp", "nft", "mlp"])
