@@ -510,7 +510,21 @@ def _lstm_scan(gates: Tensor, w_hh: Tensor, b_hh: Tensor) -> Tensor:
     return torch.stack(out)
 
 
-_SCANS = {"gru": _GRUScan.apply, "rnn": _rnn_scan, "lstm": _lstm_scan}
+def gru_scan(gates: Tensor, w_hh: Tensor, b_hh: Tensor) -> Tensor:
+    """The recurrence of N stacked GRUs over their own sequences, from a memory of zeros.
+
+    Args:
+        gates: The inputs' share, ``W_ih x + b_ih``, [T, N, B, 3H]; gates in torch's order (reset, update, new).
+        w_hh: [N, 3H, H].
+        b_hh: [N, 3H].
+
+    Returns:
+        The hidden states, [T, N, B, H].
+    """
+    return _GRUScan.apply(gates, w_hh, b_hh)
+
+
+_SCANS = {"gru": gru_scan, "rnn": _rnn_scan, "lstm": _lstm_scan}
 
 
 def masked_mse(prediction: Tensor, target: Tensor, mask: Tensor) -> Tensor:

@@ -13,6 +13,8 @@ TASKS: Registry[Any] = Registry("weight-space task", group="fleetgym.weight_spac
 """Name -> :class:`~fleetgym.benchmarks.weight_space.task.Task`, a dataclass of settings."""
 for _name, _home in {
     "cnn": "cnn:CNN",
+    "contrast": "editing:Contrast",
+    "dilate": "editing:Dilate",
     "gru_policy": "policies:GRUPolicy",
     "inr_copies": "inr:Copies",
     "inr_independent": "inr:Independent",
@@ -23,14 +25,17 @@ for _name, _home in {
     "optimizer_rnn": "optimizers:OptimizerRNN",
     "optimizer_transformer": "optimizers:OptimizerTransformer",
     "policy": "policies:Policy",
+    "rnn": "rnn:RNN",
+    "tickets": "tickets:Tickets",
 }.items():
     TASKS.register(_name, f"fleetgym.benchmarks.weight_space.{_home}")
 
 BENCHES: dict[str, tuple[str, ...]] = {
-    "nfn": ("policy", "cnn", "inr_independent", "inr_shared"),
+    "nfn": ("policy", "cnn", "inr_independent", "inr_shared", "dilate", "contrast", "tickets"),
     "nft": ("inr_copies",),
     "unf": (
         "gru_policy",
+        "rnn",
         "optimizer_mlp",
         "optimizer_cnn",
         "optimizer_rnn",

@@ -14,10 +14,12 @@ from fleetgym.core.registry import Registry
 
 ZOOS: Registry[Any] = Registry("zoo", group="fleetgym.zoos")
 """Name -> :class:`~fleetgym.benchmarks.zoos.zoo.Maker`, a dataclass of settings."""
+ZOOS.register("addition_gru", "fleetgym.benchmarks.zoos.addition:AdditionGRU")
 ZOOS.register("cartpole", "fleetgym.benchmarks.zoos.cartpole:CartPole")
 ZOOS.register("cartpole_gru", "fleetgym.benchmarks.zoos.cartpole:CartPoleGRU")
 ZOOS.register("digits_cnn", "fleetgym.benchmarks.zoos.digits_cnn:DigitsCNN")
 ZOOS.register("digits_sirens", "fleetgym.benchmarks.zoos.sirens:DigitsSirens")
+ZOOS.register("digits_tickets", "fleetgym.benchmarks.zoos.tickets:DigitsTickets")
 ZOOS.register("meta_world", "fleetgym.benchmarks.zoos.meta_world:MetaWorld")
 ZOOS.register("mnist_sirens", "fleetgym.benchmarks.zoos.sirens:MNISTSirens")
 

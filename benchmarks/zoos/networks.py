@@ -109,3 +109,35 @@ class SmallCNN(nn.Module):
     def example_input(self) -> Tensor:
         """An image that it takes, [1, C, h, w], for tracing."""
         return torch.zeros(1, self.config["inputs"], *self.config["size"])
+
+
+class SequenceGRU(nn.Module):
+    """A GRU that reads a sequence and answers at every step, with a linear layer on its memory.
+
+    Args:
+        inputs: Size of an input.
+        hidden: Size of the memory.
+        outputs: Size of an answer.
+
+    Raises:
+        UserError: A size below one.
+    """
+
+    architecture = "sequence_gru"
+
+    def __init__(self, inputs: int, hidden: int, outputs: int) -> None:
+        super().__init__()
+        self.config: dict[str, Any] = {"inputs": inputs, "hidden": hidden, "outputs": outputs}
+        for name, value in self.config.items():
+            if value < 1:
+                raise UserError(f"{name}={value}: it must be at least 1")
+        self.core = nn.GRU(inputs, hidden, batch_first=True)
+        self.head = nn.Linear(hidden, outputs)
+
+    def forward(self, x: Tensor) -> Tensor:  # [B, T, inputs] -> [B, T, outputs]
+        """The answers, from a memory of zeros."""
+        return self.head(self.core(x)[0])
+
+    def example_input(self) -> Tensor:
+        """A sequence that it takes, [1, 1, inputs], for tracing."""
+        return torch.zeros(1, 1, self.config["inputs"])

@@ -34,6 +34,7 @@ MODULES.register("inr2array", "fleetgym.merging.inr2array:Inr2Array")
 MODULES.register("learned_optimizer", "fleetgym.merging.learned_optimizer:LearnedOptimizer")
 MODULES.register("mlp", "fleetgym.benchmarks.zoos.networks:MLP")
 MODULES.register("recurrent_policy", "fleetgym.agents.networks:RecurrentPolicy")
+MODULES.register("sequence_gru", "fleetgym.benchmarks.zoos.networks:SequenceGRU")
 MODULES.register("siren", "fleetgym.envs.fields.siren:Siren")
 MODULES.register("small_cnn", "fleetgym.benchmarks.zoos.networks:SmallCNN")
 
