@@ -75,6 +75,8 @@ def _main(bench: str, argv: Sequence[str]) -> int:
             raise unknown("method", method, dict.fromkeys(m for task in tasks.values() for m in task.methods()))
     if not args.seeds:
         raise UserError("--seeds is empty; give at least one, such as --seeds 0")
+    if args.workers < 0:
+        raise UserError(f"--workers {args.workers}: 0 (one for each core) or more are wanted")
     if args.device != "cpu" and not torch.cuda.is_available():
         raise UserError(f"--device {args.device}: no such device here (`fleetgym doctor` lists what there is)")
     folder = args.out or Path("runs") / bench / args.preset
