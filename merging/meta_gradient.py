@@ -1,10 +1,9 @@
 """Learning an update rule by differentiating through pieces of training, in place of evolution strategies.
 
-Persistent evolution strategies estimate the gradient of thousands of parameters from a handful of numbers without bias;
-with few runs the noise drowns it. Differentiating through K steps of training gives the gradient of these steps exactly,
-and is blind to what lies beyond them (truncated backpropagation through time: Werbos, Proceedings of the IEEE 1990; for
-learned optimizers Andrychowicz et al., NeurIPS 2016, here with second derivatives). Where K steps are enough to see what
-a step is good for, it learns in hundreds of meta-steps what evolution strategies do not learn in tens of thousands.
+Persistent evolution strategies estimate the gradient of thousands of parameters from a handful of numbers, without
+bias; with few runs the noise drowns it. Differentiating through K steps of training gives the gradient of these steps
+exactly, and is blind to what lies beyond them (truncated backpropagation through time: Werbos, Proceedings of the IEEE
+1990; for learned optimizers Andrychowicz et al., NeurIPS 2016, here with second derivatives).
 """
 
 from __future__ import annotations
