@@ -53,8 +53,15 @@ def test_speed_without_the_peers(monkeypatch, capsys):
     done = []
     for name in COMPARISONS:
         monkeypatch.setitem(COMPARISONS, name, lambda name=name: done.append(name) or [])
-    assert main(["bench", "speed"]) == 0 and done == ["meta_world", "fleet_training"]
-    assert "functionals, matching, office_nav are left out: pip install 'fleetgym[bench]'" in capsys.readouterr().out
+    assert main(["bench", "speed"]) == 0 and done == ["meta_world", "fleet_training", "sirens"]
+    assert "matching is left out: pip install 'fleetgym[bench]'" in capsys.readouterr().out
+
+
+def test_speed_of_sirens():
+    assert main(["bench", "speed", "--only", "sirens", "--repeat", "1"]) == 0
+    row = COMPARISONS["sirens"]()
+    found = compare(row, 1)
+    assert found["ours_result"] > 38 and found["peer_result"] > 38
 
 
 def test_experts(tmp_path, capsys):
