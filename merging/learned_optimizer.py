@@ -1027,6 +1027,8 @@ def meta_train(
     save_every: int = 200,
     log_every: int = 20,
     report: Callable[[dict[str, float]], None] | None = None,
+    judge: Callable[[UpdateRule], float] | None = None,
+    judge_every: int = 20,
 ) -> MetaTrained:
     """Adam on the parameters of a rule along estimated gradients; the loop of :func:`pes_train` and its like.
 
@@ -1041,6 +1043,9 @@ def meta_train(
         save_every: See there.
         log_every: See there.
         report: See there.
+        judge: Gives a loss of a rule, on networks that nothing else is measured on. The rule of the least is kept, the
+            one to begin with among them: a gradient that is far off can spoil a rule at any time. None: the last.
+        judge_every: Meta-steps between judgements; there is one after the last step too.
 
     Returns:
         The learned rule and its history.
@@ -1049,7 +1054,8 @@ def meta_train(
         UserError: See there.
     """
     rule, task = estimator.rule, estimator.task
-    for name, value in (("steps", steps), ("save_every", save_every), ("log_every", log_every)):
+    counts = {"steps": steps, "save_every": save_every, "log_every": log_every, "judge_every": judge_every}
+    for name, value in counts.items():
         if value < 1:
             raise UserError(f"{name}={value}: it must be at least 1")
     for name, number in (("lr", lr), ("clip", clip)):
@@ -1059,6 +1065,15 @@ def meta_train(
         raise UserError(f"a {type(rule).__name__} has no checkpoint; train it without run=")
     theta = nn.Parameter(estimator.theta.clone())
     adam = torch.optim.Adam([theta], lr=lr)
+
+    def made(theta: Tensor) -> UpdateRule:
+        found = rule.on(task.spec)
+        with torch.no_grad():
+            for parameter, value in zip(found.parameters(), estimator.parameters(theta).values()):
+                parameter.copy_(value)
+        return found
+
+    best, least, least_at = theta.detach().clone(), math.inf, 0
     start, resets, diverging = 0, 0, 0
     history: list[dict[str, float]] = []
     rows: list[dict[str, float]] = []
@@ -1071,6 +1086,11 @@ def meta_train(
             name: tensors[f"inner.{name}"].to(value.device) for name, value in estimator.tensors.items()
         }
         history, rows, diverging = meta["history"], meta["rows"], meta["diverging"]
+        best, (least, least_at) = tensors["best"].to(best.device), meta["least"]
+        least = math.inf if least is None else least
+    elif judge is not None:
+        least = judge(made(best))
+        least = least if math.isfinite(least) else math.inf
     numbers: Iterable[int] = range(start, steps)
     if report is None:
         numbers = (run.track if run is not None else track)(
@@ -1092,6 +1112,11 @@ def meta_train(
             )
         rows.append({**info, "norm": norm})
         done = step + 1
+        if judge is not None and (done % judge_every == 0 or done == steps):
+            loss = judge(made(theta.detach()))
+            rows[-1]["judged"] = loss
+            if loss < least:
+                best, least, least_at = theta.detach().clone(), loss, done
         if done % log_every == 0 or done == steps:
             history.append({"step": done, **_summary(rows)})
             rows = []
@@ -1100,15 +1125,16 @@ def meta_train(
             if run is not None:
                 run.log(done, **{k: v for k, v in history[-1].items() if k != "step"})
         if run is not None and (done % save_every == 0 or done == steps):
-            state = {"theta": theta.detach(), **{f"inner.{name}": value for name, value in estimator.tensors.items()}}
+            state = {"theta": theta.detach(), "best": best}
+            state |= {f"inner.{name}": value for name, value in estimator.tensors.items()}
             state |= {f"adam.{name}": value for name, value in adam.state_dict()["state"][0].items()}
-            run.save_state(done, state, {"history": history, "rows": rows, "diverging": diverging})
-    learned = rule.on(task.spec)
-    with torch.no_grad():
-        for parameter, value in zip(learned.parameters(), estimator.parameters(theta.detach()).values()):
-            parameter.copy_(value)
+            meta = {"history": history, "rows": rows, "diverging": diverging, "least": (least, least_at)}
+            run.save_state(done, state, meta)
+    learned = made(theta.detach() if judge is None else best)
     if run is not None:
         training = {"task": task.name, "steps": steps, **facts, "lr": lr, "clip": clip, "seed": estimator.seed}
+        if judge is not None:
+            training |= {"judged": least, "judged_at": least_at}
         run.save_checkpoint("last", learned, info={"training": training, "metrics": history[-1] if history else {}})
     return MetaTrained(learned, history, resets)
 
@@ -1116,7 +1142,8 @@ def meta_train(
 def _summary(rows: Sequence[Mapping[str, float]]) -> dict[str, float]:
     """Means over meta-steps, of what is a number; resets are added up. JSON's None is NaN."""
     found: dict[str, float] = {}
-    for name in rows[0]:
-        values = [float(row[name]) for row in rows if row[name] is not None and math.isfinite(row[name])]
+    for name in dict.fromkeys(name for row in rows for name in row):
+        known = [row[name] for row in rows if row.get(name) is not None]
+        values = [float(value) for value in known if math.isfinite(value)]
         found[name] = sum(values) if name == "resets" else sum(values) / len(values) if values else math.nan
     return found

@@ -3,7 +3,8 @@
 Persistent evolution strategies estimate the gradient of thousands of parameters from a handful of numbers, without
 bias; with few runs the noise drowns it. Differentiating through K steps of training gives the gradient of these steps
 exactly, and is blind to what lies beyond them (truncated backpropagation through time: Werbos, Proceedings of the IEEE
-1990; for learned optimizers Andrychowicz et al., NeurIPS 2016, here with second derivatives).
+1990; for learned optimizers Andrychowicz et al., NeurIPS 2016, here with second derivatives; on what is missed, Wu et
+al., "Understanding short-horizon bias in stochastic meta-optimization", ICLR 2018).
 """
 
 from __future__ import annotations
@@ -167,6 +168,8 @@ def gradient_train(
     save_every: int = 50,
     log_every: int = 10,
     report: Callable[[dict[str, float]], None] | None = None,
+    judge: Callable[[UpdateRule], float] | None = None,
+    judge_every: int = 20,
 ) -> MetaTrained:
     """Learns a rule's parameters by Adam along gradients through pieces of training (:class:`TruncatedGradient`).
 
@@ -190,6 +193,8 @@ def gradient_train(
         save_every: See there.
         log_every: See there.
         report: See there.
+        judge: See :func:`fleetgym.merging.learned_optimizer.meta_train`, as the last.
+        judge_every: See there.
 
     Returns:
         The learned rule and its history.
@@ -203,5 +208,5 @@ def gradient_train(
     facts = {**options, "estimator": "gradient"}
     return meta_train(
         estimator, steps, facts, lr=lr, decay=decay, clip=clip, run=run, save_every=save_every, log_every=log_every,
-        report=report,
+        report=report, judge=judge, judge_every=judge_every,
     )  # fmt: skip

@@ -89,6 +89,7 @@ def test_a_resumed_run_gives_the_same_file(tmp_path, monkeypatch):
     task = _regression()
     start = LearnedOptimizer(task.spec, alpha=0.02, hidden=4)
     options = {"runs": 3, "horizon": 20, "truncation": 5, "save_every": 4, "log_every": 3, "report": lambda row: None}
+    options |= {"judge": lambda rule: float(rule.alpha.detach()) ** 2, "judge_every": 5}
     for name in ("whole", "cut"):
         for stop in (7, None) if name == "cut" else (None,):
             with Run.open(tmp_path / name, {}, resume=True, tensorboard=False) as run:
@@ -109,6 +110,21 @@ def test_a_resumed_run_gives_the_same_file(tmp_path, monkeypatch):
     files = [sorted((tmp_path / name / "checkpoints" / "last").glob("*.safetensors"))[0] for name in ("whole", "cut")]
     assert files[0].read_bytes() == files[1].read_bytes()
     assert load_rule(tmp_path / "cut").kind == "unf"
+
+
+def test_the_rule_that_is_judged_best_is_kept():
+    task = _regression()
+    start = LearnedOptimizer(task.spec, alpha=0.02, hidden=4)
+    seen = []
+
+    def judge(rule):
+        seen.append(rule.alpha.item())
+        return {0: 3.0, 1: 2.0, 2: 1.0, 3: float("nan"), 4: 5.0}[len(seen) - 1]
+
+    options = {"runs": 2, "horizon": 20, "truncation": 5, "report": lambda row: None}
+    learned = gradient_train(start, task, 8, judge=judge, judge_every=2, log_every=8, **options)
+    assert len(seen) == 5 and len(set(seen)) == 5  # the one to begin with, and after 2, 4, 6 and 8 steps
+    assert learned.rule.alpha.item() == seen[2] and learned.history[-1]["judged"] == pytest.approx(8 / 3)
 
 
 def test_runs_that_diverge_begin_anew():
