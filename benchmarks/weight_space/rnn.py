@@ -34,7 +34,8 @@ class RNN:
         hidden: Units of a network.
         digits: Of the numbers.
         steps: Gradient steps of every method.
-        learning_rate: Largest step size, of every method.
+        learning_rate: Largest step size of ``mlp``, ``statnn`` and ``probes``.
+        equivariant_rate: That of ``unf`` and ``deepset``.
         batch_size: Networks in a step.
         channels: Of ``unf`` and ``deepset``.
         layers: Of these.
@@ -56,8 +57,9 @@ class RNN:
     networks: int = 1000
     hidden: int = 16
     digits: int = 3
-    steps: int = 1000
+    steps: int = 600
     learning_rate: float = 3e-3
+    equivariant_rate: float = 1e-3
     batch_size: int = 32
     channels: int = 16
     layers: int = 3
@@ -121,7 +123,7 @@ class RNN:
             "success",
             "bce",
             steps=self.steps,
-            learning_rate=self.learning_rate,
+            learning_rate=self.equivariant_rate if job.method in ("unf", "deepset") else self.learning_rate,
             batch_size=self.batch_size,
             weight_decay=self.weight_decay,
             signs=self.signs,
