@@ -505,8 +505,10 @@ def dots(scores: Mapping[str, Sequence[float | None]], label: str, name: str) ->
     values = [value for found in known.values() for value in found]
     wide = min(values) > 0 and max(values) > 30 * min(values)
 
+    height = 0.9 + 0.32 * len(known)
+
     def draw(figure: Figure) -> None:
-        axes = figure.add_axes((0.2, 0.16, 0.76, 0.8))
+        axes = figure.add_axes((0.2, 0.55 / height, 0.76, 1 - 0.6 / height))
         for place, (found, slot) in enumerate(zip(known.values(), range(len(known)))):
             paint = _COLOURS[f"m{slot % SLOTS}"]
             axes.plot(found, [place] * len(found), "o", color=paint, markersize=7, alpha=0.75, zorder=4)
@@ -519,4 +521,4 @@ def dots(scores: Mapping[str, Sequence[float | None]], label: str, name: str) ->
         axes.set_xlabel(label)
 
     parts = [f"{method}: {', '.join(f'{value:.3g}' for value in found)}" for method, found in known.items()]
-    return _svg(draw, (7.6, 0.9 + 0.32 * len(known)), f"dots-{name}", f"{label} by method. {'; '.join(parts)}.")
+    return _svg(draw, (7.6, height), f"dots-{name}", f"{label} by method. {'; '.join(parts)}.")

@@ -4,7 +4,7 @@
 arXiv 2402.05232, section 4.2): momentum SGD plus a small correction f that is equivariant to the symmetry of the
 network it trains. :class:`UNFOptimizer` applies a rule to any module in the usual loop. :func:`pes_train` learns a rule
 by persistent evolution strategies (Vicol et al., ICML 2021, arXiv 2112.13835) on many small problems
-(:class:`InnerTask`) at once.
+(:class:`InnerTask`) at once; ``meta_gradient.gradient_train`` by derivatives, which needs far fewer steps.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from math import prod
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -612,7 +612,7 @@ class InnerTask:
         return self.loss(lambda *inputs: functional_call(self.module, tensors, inputs), batch)
 
 
-def _fits(rule: UpdateRule, task: InnerTask) -> None:
+def check_fits(rule: UpdateRule, task: InnerTask) -> None:
     """Raises unless the rule was made for the task's network."""
     if rule.layout.shapes != {key: tuple(shape) for key, shape in task.spec.shapes.items()}:
         raise UserError(
@@ -666,7 +666,7 @@ def unroll(
     """
     if steps < 1 or not seeds or chunk < 1:
         raise UserError(f"steps={steps}, seeds={list(seeds)}, chunk={chunk}: at least one of each is wanted")
-    _fits(rule, task)
+    check_fits(rule, task)
     own = {name: p.detach() for name, p in rule.named_parameters()}
     for name in settings or {}:
         if name not in own:
@@ -759,6 +759,7 @@ class PES:
     Attributes:
         theta: The rule's parameters, flat and in their units, [D]; change it between the pieces.
         tensors: What the next piece needs beside theta.
+        runs: The number of pairs.
 
     Raises:
         UserError: A number out of range, an unknown objective, or a rule for another network.
@@ -790,7 +791,7 @@ class PES:
             raise UserError(f"cap={cap}: it must exceed 1, or every run would count as diverged")
         if objective not in OBJECTIVES:
             raise unknown("objective", objective, OBJECTIVES)
-        _fits(rule, task)
+        check_fits(rule, task)
         units = dict(units or {})
         for name, unit in units.items():
             if name not in dict(rule.named_parameters()):
@@ -799,6 +800,7 @@ class PES:
                 raise UserError(f"units: {unit} for {name!r}; a positive number is wanted")
         self.rule, self.task = rule, task
         self.pairs, self.horizon, self.truncation = pairs, horizon, truncation
+        self.runs = pairs
         self.sigma, self.objective, self.cap, self.seed = sigma, objective, cap, seed
         self._shapes = {name: p.shape for name, p in rule.named_parameters()}
         self.units = torch.cat(
@@ -976,6 +978,77 @@ def pes_train(
         UserError: A number out of range, a rule for another network or one that cannot be saved; or all pairs diverge
             in 20 meta-steps on end.
     """
+    options = {"pairs": pairs, "horizon": horizon, "truncation": truncation, "sigma": sigma}
+    pes = PES(rule, task, **options, objective=objective, cap=cap, seed=seed, units=units)
+    facts = {**options, "objective": objective, "units": dict(units or {}), "estimator": "pes"}
+    return meta_train(
+        pes, steps, facts, lr=lr, decay=decay, clip=clip, run=run, save_every=save_every, log_every=log_every,
+        report=report,
+    )  # fmt: skip
+
+
+class Estimator(Protocol):
+    """What :func:`meta_train` descends: :class:`PES`, or ``meta_gradient.TruncatedGradient``.
+
+    Attributes:
+        rule: Where the parameters begin; it is not changed.
+        task: The family of inner problems.
+        runs: How many inner runs, or pairs of them, are under way; so many may be reset in a step.
+        seed: Of all draws.
+        theta: The rule's parameters, flat, [D].
+        tensors: What the next step needs beside them.
+    """
+
+    rule: UpdateRule
+    task: InnerTask
+    runs: int
+    seed: int
+    theta: Tensor
+    tensors: dict[str, Tensor]
+
+    def estimate(self, step: int) -> tuple[Tensor, dict[str, float]]:
+        """The gradient of the objective, [D], and numbers, ``resets`` among them."""
+        ...
+
+    def parameters(self, theta: Tensor) -> dict[str, Tensor]:
+        """Flat parameters as the rule's tensors."""
+        ...
+
+
+def meta_train(
+    estimator: Estimator,
+    steps: int,
+    facts: Mapping[str, Any],
+    *,
+    lr: float,
+    decay: bool = True,
+    clip: float = 1.0,
+    run: Run | None = None,
+    save_every: int = 200,
+    log_every: int = 20,
+    report: Callable[[dict[str, float]], None] | None = None,
+) -> MetaTrained:
+    """Adam on the parameters of a rule along estimated gradients; the loop of :func:`pes_train` and its like.
+
+    Args:
+        estimator: Gives the gradients.
+        steps: Meta-steps.
+        facts: What else the checkpoint says of the training.
+        lr: See :func:`pes_train`, as the others.
+        decay: See there.
+        clip: See there.
+        run: See there.
+        save_every: See there.
+        log_every: See there.
+        report: See there.
+
+    Returns:
+        The learned rule and its history.
+
+    Raises:
+        UserError: See there.
+    """
+    rule, task = estimator.rule, estimator.task
     for name, value in (("steps", steps), ("save_every", save_every), ("log_every", log_every)):
         if value < 1:
             raise UserError(f"{name}={value}: it must be at least 1")
@@ -984,9 +1057,7 @@ def pes_train(
             raise UserError(f"{name}={number}: a positive number is wanted")
     if run is not None and not isinstance(rule, LearnedOptimizer):
         raise UserError(f"a {type(rule).__name__} has no checkpoint; train it without run=")
-    options = {"pairs": pairs, "horizon": horizon, "truncation": truncation, "sigma": sigma}
-    pes = PES(rule, task, **options, objective=objective, cap=cap, seed=seed, units=units)
-    theta = nn.Parameter(pes.theta.clone())
+    theta = nn.Parameter(estimator.theta.clone())
     adam = torch.optim.Adam([theta], lr=lr)
     start, resets, diverging = 0, 0, 0
     history: list[dict[str, float]] = []
@@ -996,23 +1067,27 @@ def pes_train(
         theta.data.copy_(tensors["theta"])
         moments = {name: tensors[f"adam.{name}"] for name in ("step", "exp_avg", "exp_avg_sq")}
         adam.load_state_dict({**adam.state_dict(), "state": {0: moments}})
-        pes.tensors = {name: tensors[f"pes.{name}"].to(value.device) for name, value in pes.tensors.items()}
+        estimator.tensors = {
+            name: tensors[f"inner.{name}"].to(value.device) for name, value in estimator.tensors.items()
+        }
         history, rows, diverging = meta["history"], meta["rows"], meta["diverging"]
     numbers: Iterable[int] = range(start, steps)
     if report is None:
-        numbers = (run.track if run is not None else track)(numbers, f"{task.name}: PES", total=steps, start=start)
+        numbers = (run.track if run is not None else track)(
+            numbers, f"{task.name}: meta-training", total=steps, start=start
+        )
     for step in numbers:
-        pes.theta = theta.detach()
-        gradient, info = pes.estimate(step)
+        estimator.theta = theta.detach()
+        gradient, info = estimator.estimate(step)
         norm = float(gradient.norm())
         theta.grad = gradient * min(1.0, clip / max(norm, 1e-30))
         adam.param_groups[0]["lr"] = lr * (0.5 * (1 + math.cos(math.pi * step / steps)) if decay else 1.0)
         adam.step()
         resets += info["resets"]
-        diverging = diverging + 1 if info["resets"] == pairs else 0
+        diverging = diverging + 1 if info["resets"] == estimator.runs else 0
         if diverging == 20:
             raise UserError(
-                f"{task.name}: all {pairs} pairs of inner runs diverged in 20 meta-steps on end; begin with a smaller "
+                f"{task.name}: all {estimator.runs} inner runs diverged in 20 meta-steps on end; begin with a smaller "
                 "alpha, or lower lr or sigma"
             )
         rows.append({**info, "norm": norm})
@@ -1025,25 +1100,16 @@ def pes_train(
             if run is not None:
                 run.log(done, **{k: v for k, v in history[-1].items() if k != "step"})
         if run is not None and (done % save_every == 0 or done == steps):
-            state = {"theta": theta.detach(), **{f"pes.{name}": value for name, value in pes.tensors.items()}}
+            state = {"theta": theta.detach(), **{f"inner.{name}": value for name, value in estimator.tensors.items()}}
             state |= {f"adam.{name}": value for name, value in adam.state_dict()["state"][0].items()}
             run.save_state(done, state, {"history": history, "rows": rows, "diverging": diverging})
     learned = rule.on(task.spec)
     with torch.no_grad():
-        for parameter, value in zip(learned.parameters(), pes.parameters(theta.detach()).values()):
+        for parameter, value in zip(learned.parameters(), estimator.parameters(theta.detach()).values()):
             parameter.copy_(value)
     if run is not None:
-        facts = {
-            "task": task.name,
-            "steps": steps,
-            **options,
-            "objective": objective,
-            "units": dict(units or {}),
-            "lr": lr,
-            "clip": clip,
-            "seed": seed,
-        }
-        run.save_checkpoint("last", learned, info={"training": facts, "metrics": history[-1] if history else {}})
+        training = {"task": task.name, "steps": steps, **facts, "lr": lr, "clip": clip, "seed": estimator.seed}
+        run.save_checkpoint("last", learned, info={"training": training, "metrics": history[-1] if history else {}})
     return MetaTrained(learned, history, resets)
 
 

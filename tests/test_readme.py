@@ -13,8 +13,8 @@ ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
 
 
-def blocks(language):
-    return re.findall(rf"^```{language}\n(.*?)^```", README, re.M | re.S)
+def blocks(language, text=README):
+    return re.findall(rf"^```{language}\n(.*?)^```", text, re.M | re.S)
 
 
 def commands(prefix):
@@ -31,6 +31,14 @@ def test_python_blocks_run_in_order():
     assert f'print(info["phrase"])  # "{phrase}"' in script
     before, _, after = distances.partition(" -> ")
     assert float(after) < float(before)
+
+
+def test_python_blocks_of_the_page_on_functionals_run():
+    script = "\n".join(blocks("python", (ROOT / "docs" / "functionals.md").read_text()))
+    assert "UNFOptimizer" in script
+    done = subprocess.run([sys.executable, "-W", "error", "-c", script], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "torch.Size([64, 1])" in done.stdout
 
 
 def test_commands_run_in_order(tmp_path):

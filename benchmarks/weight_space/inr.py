@@ -50,6 +50,7 @@ class Copies:
         grid: Latents of Inr2Array along each axis.
         array_steps: Gradient steps of Inr2Array.
         array_rate: Largest step size of Inr2Array.
+        array_omega: Frequency of the SIRENs that its latents are decoded to.
         latent_steps: Gradient steps of the classifier of its latents.
     """
 
@@ -68,7 +69,7 @@ class Copies:
     omega: float = 2.0
     fit_steps: int = 400
     fit_rate: float = 0.02
-    steps: int = 3000
+    steps: int = 2000
     learning_rate: float = 2e-3
     batch_size: int = 64
     channels: int = 32
@@ -79,8 +80,9 @@ class Copies:
     weight_decay: float = 0.01
     grid: int = 4
     array_steps: int = 3000
-    array_rate: float = 1e-3
-    latent_steps: int = 1500
+    array_rate: float = 4e-3
+    array_omega: float = 10.0
+    latent_steps: int = 600
 
     def __post_init__(self) -> None:
         if self.zoo not in _SIDES:
@@ -92,7 +94,7 @@ class Copies:
 
     def methods(self) -> tuple[str, ...]:
         """See :class:`~fleetgym.benchmarks.weight_space.task.Task`."""
-        return ("mlp", "nfn_np", "nfn_hnp", "nft", "unf", "inr2array", "probes")
+        return ("mlp", "nfn_np", "nfn_hnp", "nft", "inr2array", "probes")
 
     def prepare(self, seed: int, device: str) -> None:
         """See :class:`~fleetgym.benchmarks.weight_space.task.Task`."""
@@ -157,6 +159,7 @@ class Copies:
                 size=self.channels,
                 hidden=(16, 16),
                 decoder_width=64,
+                omega=self.array_omega,
             )
             classifier = LatentClassifier(self.channels, self.grid**2, 10, width=64, layers=2)
         data = parts(zoo, "label", model, self.signs)

@@ -115,7 +115,7 @@ class GRUPolicy(Policy):
         "quick": {"policies": 200, "steps": 30, "channels": 8, "probes": 16, "horizon": 4}
     }
     policies: int = 2400
-    steps: int = 1000
+    steps: int = 600
     channels: int = 16
     horizon: int = 12
 

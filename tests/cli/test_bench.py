@@ -5,7 +5,7 @@ import json
 import pytest
 
 from fleetgym.benchmarks.fleet_merge import PRESETS
-from fleetgym.benchmarks.speed import COMPARISONS
+from fleetgym.benchmarks.speed import COMPARISONS, compare
 from fleetgym.cli import main
 from fleetgym.core import EvalRecord
 from fleetgym.core.optional import EXTRAS, Extra
@@ -53,8 +53,13 @@ def test_speed_without_the_peers(monkeypatch, capsys):
     done = []
     for name in COMPARISONS:
         monkeypatch.setitem(COMPARISONS, name, lambda name=name: done.append(name) or [])
-    assert main(["bench", "speed"]) == 0 and done == ["meta_world", "fleet_training"]
-    assert "functionals, matching, office_nav are left out: pip install 'fleetgym[bench]'" in capsys.readouterr().out
+    assert main(["bench", "speed"]) == 0 and done == ["meta_world", "fleet_training", "sirens"]
+    assert "matching is left out: pip install 'fleetgym[bench]'" in capsys.readouterr().out
+
+
+def test_speed_of_sirens():
+    found = compare(COMPARISONS["sirens"](), 1)
+    assert found["ours_result"] > 38 and found["peer_result"] > 38
 
 
 def test_experts(tmp_path, capsys):

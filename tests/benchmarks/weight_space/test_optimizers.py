@@ -12,7 +12,7 @@ from fleetgym.merging.learned_optimizer import unroll
 
 pytest.importorskip("sklearn")
 
-TINY = {"steps": 3, "horizon": 4, "truncation": 2, "pairs": 1, "hidden": 4, "tuning": 1, "networks": 2, "every": 2}
+TINY = {"steps": 3, "horizon": 4, "truncation": 2, "runs": 1, "hidden": 4, "tuning": 1, "networks": 2, "every": 2}
 
 
 @pytest.fixture
@@ -82,8 +82,8 @@ def test_bad_settings(tiny, tmp_path):
         OptimizerMLP(horizon=50)
     with pytest.raises(UserError, match=r"networks=501"):
         OptimizerMLP(networks=501)
-    with pytest.raises(UserError, match=r"optimizer_mlp.pairs=0"):
-        OptimizerMLP(pairs=0)
+    with pytest.raises(UserError, match=r"optimizer_mlp.runs=0"):
+        OptimizerMLP(runs=0)
     with pytest.raises(UserError, match="unknown method 'lion'"):
         tiny.run(job(tmp_path, "lion"))
     with pytest.raises(UserError, match="--device cuda"):
