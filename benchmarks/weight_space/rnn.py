@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from fleetgym.benchmarks.weight_space.reading import read, reader
+from fleetgym.benchmarks.weight_space.reading import SIGNS, read, reader
 from fleetgym.benchmarks.weight_space.task import Job, check_positive
 from fleetgym.benchmarks.zoos import make_zoo
 from fleetgym.benchmarks.zoos.zoo import Zoo
@@ -34,7 +34,8 @@ class RNN:
         hidden: Units of a network.
         digits: Of the numbers.
         steps: Gradient steps of every method.
-        learning_rate: Largest step size, of every method.
+        learning_rate: Largest step size of ``mlp``, ``statnn`` and ``probes``.
+        equivariant_rate: That of ``unf`` and ``deepset``.
         batch_size: Networks in a step.
         channels: Of ``unf`` and ``deepset``.
         layers: Of these.
@@ -42,7 +43,8 @@ class RNN:
         probes: How many sequences ``probes`` learns.
         dropout: See the models.
         weight_decay: Of AdamW.
-        flips: Whether training negates hidden units at random; behind tanh a network does the same then.
+        signs: What becomes of the signs of hidden units, which mean nothing behind tanh; see
+            :data:`~fleetgym.benchmarks.weight_space.reading.SIGNS`.
     """
 
     name: ClassVar[str] = "rnn"
@@ -55,8 +57,9 @@ class RNN:
     networks: int = 1000
     hidden: int = 16
     digits: int = 3
-    steps: int = 1000
+    steps: int = 600
     learning_rate: float = 3e-3
+    equivariant_rate: float = 1e-3
     batch_size: int = 32
     channels: int = 16
     layers: int = 3
@@ -64,10 +67,12 @@ class RNN:
     probes: int = 32
     dropout: float = 0.0
     weight_decay: float = 0.01
-    flips: bool = True
+    signs: str = "canonical"
 
     def __post_init__(self) -> None:
         check_positive(self, "steps", "batch_size", "channels", "layers", "width", "probes")
+        if self.signs not in SIGNS:
+            raise unknown(f"setting of {self.name}.signs", self.signs, SIGNS)
         if self.networks < 30:
             raise UserError(f"{self.name}.networks={self.networks}: at least 30, for three splits")
 
@@ -104,7 +109,6 @@ class RNN:
             width=self.width,
             dropout=self.dropout,
             probes=self.probes,
-            options={"squash": True} if method == "probes" else None,  # the largest output is the digit
         )
 
     def run(self, job: Job) -> dict[str, Any]:
@@ -119,8 +123,8 @@ class RNN:
             "success",
             "bce",
             steps=self.steps,
-            learning_rate=self.learning_rate,
+            learning_rate=self.equivariant_rate if job.method in ("unf", "deepset") else self.learning_rate,
             batch_size=self.batch_size,
             weight_decay=self.weight_decay,
-            flips=self.flips,
+            signs=self.signs,
         )

@@ -14,7 +14,7 @@ from fleetgym.core.seeding import generator, torch_generator
 from fleetgym.merging.functionals.batch import WeightBatch
 
 pytest.importorskip("sklearn")
-SMALL = Tickets(networks=40, hidden=8, sparsity=0.9, rounds=3, inner_steps=60, steps=20, channels=8, layers=2, draws=2)
+SMALL = Tickets(networks=40, hidden=8, sparsity=0.9, rounds=3, inner_steps=60, steps=60, channels=8, layers=2, draws=2)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -120,8 +120,8 @@ def test_rows(tmp_path):
     assert all(0 <= row["validation"] <= 1 and row["cpu_seconds"] >= 0 for row in rows.values())
     for method in ("nfn_deterministic", "nfn"):
         curve = [value for _, value in rows[method]["curve"]]
-        assert curve[-1] < curve[0] and rows[method]["parameters"] > 1000
-    assert rows["nfn_deterministic"]["overlap"] > rows["random"]["overlap"]
+        assert min(curve) < 0.9 * curve[0] and rows[method]["parameters"] > 1000
+    assert rows["nfn_deterministic"]["overlap"] > rows["random"]["overlap"] + 0.02
     again = SMALL.run(job("nfn", tmp_path / "again"))
     assert again["score"] == rows["nfn"]["score"] and again["curve"] == rows["nfn"]["curve"]
 

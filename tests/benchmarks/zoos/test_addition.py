@@ -68,9 +68,9 @@ def test_stacked_networks_are_the_networks(tmp_path):
 
 def test_a_zoo_of_adders(tmp_path):
     settings = {"networks": 6, "digits": 1, "learning_rate": (0.03, 0.03), "progress": False, "folder": tmp_path}
-    good = make_zoo("addition_gru", steps=(250, 250), examples=(1000, 1000), **settings)
+    good = make_zoo("addition_gru", steps=(500, 500), examples=(1000, 1000), **settings)
     short = make_zoo("addition_gru", steps=(2, 2), examples=(1000, 1000), **settings)
-    few = make_zoo("addition_gru", steps=(250, 250), examples=(5, 5), **settings)
+    few = make_zoo("addition_gru", steps=(500, 500), examples=(5, 5), **settings)
     assert good.targets["success"].mean() > 0.8
     assert short.targets["success"].mean() < 0.2 and few.targets["success"].mean() < 0.4
     # What was measured is what the module does on the sums that all networks are measured by.
