@@ -199,13 +199,17 @@ def _cells(method: str, rows: Sequence[Mapping[str, Any]]) -> list[str]:
     return [method, *parts, mean("parameters", ",.0f"), mean("cpu_seconds", ".0f")]
 
 
+def _measured(kind: type[Task]) -> str:
+    return f"{kind.metric} {getattr(kind, 'measured', 'on test data')}"
+
+
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
     """The rows as Markdown, a table for each task."""
     lines: list[str] = []
     for name, methods in _groups(rows).items():
         kind = TASKS.get(name)
         better = "higher" if kind.higher else "lower"
-        lines += [f"### `{name}`: {kind.title}", "", f"{kind.metric} on test data; {better} is better.", ""]
+        lines += [f"### `{name}`: {kind.title}", "", f"{_measured(kind)}; {better} is better.", ""]
         lines += [f"| {' | '.join(_HEADS)} |", "|---" * len(_HEADS) + "|"]
         lines += [
             f"| {' | '.join([f'`{cells[0]}`', *cells[1:]])} |" for cells in map(_cells, methods, methods.values())
@@ -226,7 +230,7 @@ def publish(bench: str, folder: Path, preset: str) -> None:
         lines = [_cells(method, values) for method, values in methods.items()]
         parts.append(page.table_section(f"{kind.title} ({kind.metric})", _HEADS, lines))
         scores = {method: [row["score"] for row in values] for method, values in methods.items()}
-        words = f"{kind.metric} on test data, a dot for each seed; {'higher' if kind.higher else 'lower'} is better."
+        words = f"{_measured(kind)}, a dot for each seed; {'higher' if kind.higher else 'lower'} is better."
         parts.append(page.plot_section(kind.title, words, plots.dots(scores, kind.metric, name)))
         if hasattr(kind, "plot"):
             path = kind.plot(mine, folder / f"{name}.png")

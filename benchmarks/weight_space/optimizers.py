@@ -65,6 +65,7 @@ class OptimizerMLP:
     name: ClassVar[str] = "optimizer_mlp"
     title: ClassVar[str] = "Learned optimizers on perceptrons"
     metric: ClassVar[str] = "training loss at the end"
+    measured: ClassVar[str] = "of networks that nothing was learned or tuned on"
     higher: ClassVar[bool] = False
     presets: ClassVar[dict[str, dict[str, Any]]] = {
         "quick": {

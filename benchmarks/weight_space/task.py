@@ -60,7 +60,7 @@ class Task(Protocol):
     name: ClassVar[str]
     title: ClassVar[str]
     metric: ClassVar[str]
-    """What ``score`` is."""
+    """What ``score`` is; a task may say in ``measured`` where, if not "on test data"."""
     higher: ClassVar[bool]
     """Whether a higher score is better."""
     presets: ClassVar[dict[str, dict[str, Any]]]
