@@ -18,7 +18,9 @@ from fleetgym.merging.functionals.batch import WeightBatch
 from fleetgym.merging.functionals.training import select
 
 pytest.importorskip("sklearn")
-SMALL = Dilate(source="digits", images=60, channels=8, layers=2, width=8, blocks=1, mlp=16, steps=60, mlp_steps=5, nft_steps=5)
+SMALL = Dilate(
+    source="digits", images=60, channels=8, layers=2, width=8, blocks=1, mlp=16, steps=60, mlp_steps=5, nft_steps=5
+)
 
 
 @pytest.fixture(scope="module", autouse=True)
