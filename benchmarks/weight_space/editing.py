@@ -224,7 +224,7 @@ class Editing:
 
         Returns:
             ``score`` and ``validation`` (mean squared error of the pixels, 0..1), ``psnr`` in dB, ``parameters``,
-            ``cpu_seconds`` (of training), ``curve`` ([step, validation error]) and ``pictures`` of the first test
+            ``cpu_seconds`` (of training), ``curve`` ([step, validation error]) and ``pictures`` of some test
             images: ``size``, and ``original``, ``wanted`` and ``edited`` as base64 of bytes [6, h, w].
 
         Raises:
@@ -260,7 +260,9 @@ class Editing:
             spent = time.process_time() - start
             pictures = {name: _edited(edit, select(weights, splits[name]), size, omega) for name in ("val", "test")}
         errors = {name: float((pictures[name] - wanted[splits[name]]).square().mean()) for name in pictures}
-        some = splits["test"][:_SHOWN]
+        # Images come in the order of their digits: from everywhere in the split.
+        places = torch.linspace(0, len(splits["test"]) - 1, min(_SHOWN, len(splits["test"]))).long()
+        some = splits["test"][places]
         return {
             "score": errors["test"],
             "validation": errors["val"],
@@ -273,7 +275,7 @@ class Editing:
                 "size": [len(some), *size],
                 "original": _encoded(images[some]),
                 "wanted": _encoded(wanted[some]),
-                "edited": _encoded(pictures["test"][:_SHOWN]),
+                "edited": _encoded(pictures["test"][places]),
             },
         }
 

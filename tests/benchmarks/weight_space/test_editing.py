@@ -1,5 +1,6 @@
 """Editing what SIRENs show: the wanted images, the editors, what is measured."""
 
+import base64
 import dataclasses
 
 import numpy as np
@@ -17,7 +18,9 @@ from fleetgym.merging.functionals.batch import WeightBatch
 from fleetgym.merging.functionals.training import select
 
 pytest.importorskip("sklearn")
-SMALL = Dilate(source="digits", images=60, channels=8, layers=2, width=8, blocks=1, mlp=16, steps=60, mlp_steps=5, nft_steps=5)
+SMALL = Dilate(
+    source="digits", images=60, channels=8, layers=2, width=8, blocks=1, mlp=16, steps=60, mlp_steps=5, nft_steps=5
+)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -118,6 +121,9 @@ def test_rows(tmp_path):
         assert rows[method]["score"] < 0.95 * rows["nothing"]["score"]
         assert rows[method]["validation"] == pytest.approx(min(value for _, value in rows[method]["curve"]), rel=1e-5)
         assert rows[method]["parameters"] > 1000
+    kept = np.frombuffer(base64.b64decode(rows["nothing"]["pictures"]["wanted"]), np.uint8).reshape(6, 8, 8)
+    assert np.array_equal(kept[0], (wanted[test[0]] * 255).round().numpy())
+    assert np.array_equal(kept[-1], (wanted[test[-1]] * 255).round().numpy())
     assert rows["fitted"]["score"] < 1e-4 < rows["affine"]["score"]
     # The same again, and something else with another seed.
     again = SMALL.run(job(SMALL, "nfn_np", tmp_path / "again"))
