@@ -70,7 +70,7 @@ def mlp_task(width: int = 32, batch: int = 128) -> InnerTask:
     )
 
 
-def cnn_task(width: int = 16, batch: int = 32) -> InnerTask:
+def cnn_task(width: int = 16, batch: int = 64) -> InnerTask:
     """Two convolutions, of width / 2 and width channels, global average pooling and a linear layer, on 8x8 digits."""
     sets = {name: (x.view(-1, 1, 8, 8), y) for name, (x, y) in digit_sets().items()}
 

@@ -800,7 +800,7 @@ class PES:
                 raise UserError(f"units: {unit} for {name!r}; a positive number is wanted")
         self.rule, self.task = rule, task
         self.pairs, self.horizon, self.truncation = pairs, horizon, truncation
-        self.runs = pairs
+        self.runs, self.what = pairs, "pairs of inner runs"
         self.sigma, self.objective, self.cap, self.seed = sigma, objective, cap, seed
         self._shapes = {name: p.shape for name, p in rule.named_parameters()}
         self.units = torch.cat(
@@ -993,7 +993,8 @@ class Estimator(Protocol):
     Attributes:
         rule: Where the parameters begin; it is not changed.
         task: The family of inner problems.
-        runs: How many inner runs, or pairs of them, are under way; so many may be reset in a step.
+        runs: How many are under way; so many may be reset in a step.
+        what: What these are.
         seed: Of all draws.
         theta: The rule's parameters, flat, [D].
         tensors: What the next step needs beside them.
@@ -1002,6 +1003,7 @@ class Estimator(Protocol):
     rule: UpdateRule
     task: InnerTask
     runs: int
+    what: str
     seed: int
     theta: Tensor
     tensors: dict[str, Tensor]
@@ -1107,7 +1109,7 @@ def meta_train(
         diverging = diverging + 1 if info["resets"] == estimator.runs else 0
         if diverging == 20:
             raise UserError(
-                f"{task.name}: all {estimator.runs} inner runs diverged in 20 meta-steps on end; begin with a smaller "
+                f"{task.name}: all {estimator.runs} {estimator.what} diverged in 20 meta-steps on end; begin with a smaller "
                 "alpha, or lower lr or sigma"
             )
         rows.append({**info, "norm": norm})

@@ -74,7 +74,7 @@ class TruncatedGradient:
         if objective not in OBJECTIVES:
             raise unknown("objective", objective, OBJECTIVES)
         check_fits(rule, task)
-        self.rule, self.task, self.runs, self.seed = rule, task, runs, seed
+        self.rule, self.task, self.runs, self.what, self.seed = rule, task, runs, "inner runs", seed
         self.horizon, self.truncation, self.objective, self.cap = horizon, truncation, objective, cap
         self._shapes = {name: p.shape for name, p in rule.named_parameters()}
         self.theta = torch.cat([p.detach().reshape(-1) for p in rule.parameters()])
