@@ -8,6 +8,7 @@ from fleetgym.envs.suite import SUITES, EnvSuite, Task, suite
 __all__ = ["SUITES", "EnvSuite", "Task", "register_envs", "suite"]
 
 
+SUITES.register("fleet_tools", "fleetgym.envs.fleet_tools.suite:FLEET_TOOLS")
 SUITES.register("office_nav", "fleetgym.envs.office_nav.suite:OFFICE_NAV")
 
 
@@ -28,6 +29,18 @@ def register_envs() -> None:
     for name in ("MT10", "MT50"):
         if f"MetaWorld/{name}" not in registry:
             register(f"MetaWorld/{name}", vector_entry_point=f"fleetgym.envs.meta_world.vector:{name.lower()}")
+
+    from fleetgym.envs.fleet_tools import names
+
+    for task in names.TASKS:
+        for arm in names.ARMS:
+            if names.env_id(task, arm) not in registry:
+                register(
+                    names.env_id(task, arm),
+                    entry_point="fleetgym.envs.fleet_tools.env:FleetToolsEnv",
+                    max_episode_steps=names.HORIZON,
+                    kwargs={"task": task, "arm": arm},
+                )
 
     from fleetgym.envs.office_nav.suite import INSTRUCTIONS
 

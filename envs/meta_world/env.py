@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -12,17 +11,14 @@ import numpy as np
 from gymnasium import spaces
 
 from fleetgym.core.errors import UserError, unknown
+from fleetgym.envs.goals import GOALS, draw_goal, in_held_out_cell
 from fleetgym.envs.meta_world.sim import FRAME_SIZE, HIGH, LOW, OBSERVATION_SIZE, simulation
 from fleetgym.envs.meta_world.tasks import HORIZON, check_task, resolve_task_set
 from fleetgym.envs.rendering import Camera
 
-GOALS = ("all", "train", "held_out")
 #: Our own view of the whole table; the other cameras are upstream's.
 TABLE_CAMERA = {"lookat": (0.0, 0.65, 0.1), "distance": 1.45, "azimuth": 150.0, "elevation": -33.0}
 CAMERAS = ("table", "corner", "corner2", "corner3", "corner4", "topview", "behindGripper", "gripperPOV")
-#: One random vector in so many is held out.
-HELD_OUT_ONE_IN = 5
-_CELL = 1e-3
 #: Entries of the random vector that a task draws and then ignores: they do not tell goals apart.
 IGNORED_ENTRIES = {
     "basketball-v3": (2,),
@@ -41,18 +37,16 @@ IGNORED_ENTRIES = {
 def is_held_out(task: str, vector: np.ndarray) -> bool:
     """Whether a random vector belongs to the held-out goals.
 
-    It does if the BLAKE2b hash of its millimetre cells (rounded, little-endian int64) is divisible by five. Each cell
-    is thus in one split, in every process and on every machine, and the splits are disjoint whatever the seeds.
+    See :func:`fleetgym.envs.goals.in_held_out_cell`.
 
     Args:
         task: A task name; entries that the task ignores are left out of the hash.
         vector: The random vector, metres.
     """
-    cells = np.floor(np.asarray(vector, np.float64) / _CELL + 0.5).astype("<i8")
+    vector = np.asarray(vector, np.float64)
     if task in IGNORED_ENTRIES:
-        cells = np.delete(cells, IGNORED_ENTRIES[task])
-    digest = hashlib.blake2b(cells.tobytes(), digest_size=8).digest()
-    return int.from_bytes(digest, "little") % HELD_OUT_ONE_IN == 0
+        vector = np.delete(vector, IGNORED_ENTRIES[task])
+    return in_held_out_cell(vector)
 
 
 def observation_space(num_tasks: int = 0) -> spaces.Box:
@@ -235,10 +229,7 @@ class MetaWorldEnv(gym.Env):
 
     def _draw(self) -> np.ndarray:
         space = self.simulation._random_reset_space
-        while True:
-            vector = self.np_random.uniform(space.low, space.high, size=space.low.size)
-            if self.goals == "all" or is_held_out(self.task, vector) == (self.goals == "held_out"):
-                return vector
+        return draw_goal(self.np_random, space.low, space.high, self.goals, lambda v: is_held_out(self.task, v))
 
     def _given(self, vector: Any) -> Any:
         space = self.simulation._random_reset_space

@@ -2,38 +2,22 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from typing import Any
 
-from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv, VectorEnv
+from gymnasium.vector import VectorEnv
 
-from fleetgym.core.errors import UserError, unknown
 from fleetgym.envs.meta_world.tasks import resolve_task_set
-from fleetgym.envs.suite import make_task
+from fleetgym.envs.vector import suite_vector
 
 
-def make_vec(
-    tasks: str | Sequence[str],
-    num_envs: int | None = None,
-    *,
-    asynchronous: bool = False,
-    autoreset_mode: AutoresetMode | str = AutoresetMode.SAME_STEP,
-    one_hot: bool = True,
-    goals: str = "all",
-    **kwargs: Any,
-) -> VectorEnv:
+def make_vec(tasks: str | Sequence[str], num_envs: int | None = None, **options: Any) -> VectorEnv:
     """Makes a vector environment; environment ``i`` plays task ``i % len(tasks)``.
 
     Args:
         tasks: A split's name, or task names.
         num_envs: How many environments; None makes one a task.
-        asynchronous: One process an environment (``AsyncVectorEnv``) instead of all in this one.
-        autoreset_mode: What happens after an episode's last step; by default the next episode begins in that same step
-            and the last observation and info stand in ``infos["final_obs"]`` and ``infos["final_info"]``.
-        one_hot: Whether the task's one-hot is appended to the observations.
-        goals: ``"all"``, ``"train"`` or ``"held_out"``.
-        **kwargs: More arguments of ``MetaWorldEnv``.
+        **options: Of :func:`fleetgym.envs.vector.suite_vector`, or of ``MetaWorldEnv``.
 
     Returns:
         Observations are [num_envs, 39 + number of tasks], float64.
@@ -41,24 +25,7 @@ def make_vec(
     Raises:
         UserError: Unknown task set, no environments, or an unknown autoreset mode.
     """
-    tasks = resolve_task_set(tasks)
-    num_envs = len(tasks) if num_envs is None else num_envs
-    if num_envs < 1:
-        raise UserError(f"num_envs is {num_envs}; at least one is needed")
-    if not isinstance(autoreset_mode, AutoresetMode):
-        modes = {key: mode for mode in AutoresetMode for key in (mode.name.lower(), mode.value.lower())}
-        if str(autoreset_mode).lower() not in modes:
-            raise unknown("autoreset mode", autoreset_mode, [mode.name.lower() for mode in AutoresetMode])
-        autoreset_mode = modes[str(autoreset_mode).lower()]
-    task_set = tasks if one_hot else None
-    makers = [
-        functools.partial(make_task, "meta_world", tasks[index % len(tasks)], goals=goals, task_set=task_set, **kwargs)
-        for index in range(num_envs)
-    ]
-    if not asynchronous:
-        return SyncVectorEnv(makers, autoreset_mode=autoreset_mode)
-    # Forking would copy whatever threads and OpenGL contexts the caller has.
-    return AsyncVectorEnv(makers, autoreset_mode=autoreset_mode, context="forkserver")
+    return suite_vector("meta_world", resolve_task_set(tasks), num_envs, **options)
 
 
 def _make_split(split: str, num_envs: int = 1, **kwargs: Any) -> VectorEnv:

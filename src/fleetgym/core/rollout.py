@@ -54,7 +54,8 @@ class Episode:
         terminations: [T] bool.
         truncations: [T] bool; also true where ``max_steps`` or ``stop_on_success`` ended the episode.
         success: Whether the task was solved at any step.
-        infos: Arrays [T] by name: ``success`` at each step where the environment reports it.
+        infos: Arrays [T, ...] by name: ``success`` at each step where the environment reports it, and what was asked
+            for.
         frames: RGB pictures, uint8 [height, width, 3], where they were asked for.
     """
 
@@ -95,6 +96,7 @@ def rollout(
     record: bool = True,
     render: bool | int = False,
     success: Callable[[Episode], bool] | None = None,
+    infos: Sequence[str] = (),
     executor: Executor | None = None,
     on_episode: Callable[[int, Episode], None] | None = None,
 ) -> list[Episode]:
@@ -117,6 +119,7 @@ def rollout(
             ``render_mode="rgb_array"``, which an id is given by itself.
         success: Decides an episode's success from its record, in place of what the environment reports in
             ``info["success"]`` or ``info["is_success"]``. Without both, no episode counts as solved.
+        infos: Names of more entries of the steps' infos to keep: numbers or arrays of one shape.
         executor: Shares the seeds out over the workers of a ``concurrent.futures`` executor, in contiguous chunks; the
             results are the same and in the same order. Policy and environment must be picklable for processes.
         on_episode: Called with (index into ``seeds``, episode) when an episode has ended, in order of ending.
@@ -125,7 +128,8 @@ def rollout(
         The episodes in the order of ``seeds``.
 
     Raises:
-        UserError: Unknown environment, actions of a wrong size or not finite, noise on a discrete action space.
+        UserError: Unknown environment, actions of a wrong size or not finite, noise on a discrete action space, or an
+            info that the environment does not give.
     """
     seeds = [int(seed) for seed in seeds]
     if any(seed < 0 for seed in seeds):
@@ -148,6 +152,7 @@ def rollout(
         "record": record,
         "render": int(render),
         "success": success,
+        "infos": tuple(infos),
     }
     if not seeds:
         return []
@@ -385,6 +390,7 @@ class _Slot:
         self.render = options["render"]
         self.stop_on_success = options["stop_on_success"]
         self.judge = options["success"]
+        self.kept_infos = options["infos"]
         noise = options["action_noise"]
         self.noise = noise if callable(noise) or np.any(np.asarray(noise) != 0) else None
         limit = env.spec.max_episode_steps if env.spec is not None else None
@@ -399,6 +405,7 @@ class _Slot:
         self.index, self.seed, self.t = index, seed, 0
         self.rewards: list[float] = []
         self.successes: list[bool] = []
+        self.infos: dict[str, list[Any]] = {name: [] for name in self.kept_infos}
         self.reported = False
         self.frames: list[np.ndarray] = []
         self.rng = np.random.default_rng([seed, 1]) if self.noise is not None else None
@@ -435,6 +442,10 @@ class _Slot:
             self.reported = True
             won = bool(won)
         self.successes.append(won)
+        for name, values in self.infos.items():
+            if name not in info:
+                raise unknown("info of a step", name, info)
+            values.append(info[name])
         self.t = t = t + 1
         if self.render and t % self.render == 0:
             self.frames.append(self.env.render())
@@ -455,7 +466,10 @@ class _Slot:
             terminations=terminations,
             truncations=truncations,
             success=any(self.successes),
-            infos={"success": np.asarray(self.successes, dtype=bool)} if self.reported else {},
+            infos={
+                **({"success": np.asarray(self.successes, dtype=bool)} if self.reported else {}),
+                **{name: np.asarray(values) for name, values in self.infos.items()},
+            },
             frames=self.frames,
         )
         if self.judge is not None:

@@ -1,0 +1,64 @@
+"""The tasks' names, what they ask for, and how they are split. Imports nothing heavy."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from fleetgym.core.errors import UserError, unknown
+
+#: Control steps after which an episode is truncated, and seconds of a control step.
+HORIZON = 120
+CONTROL_STEP = 0.08
+
+#: Task -> what it asks for.
+INSTRUCTIONS: dict[str, str] = {
+    "Hammer": "Drive the pin into its block with the hammer.",
+    "Wrench": "Turn the nut clockwise with the wrench.",
+    "Spatula": "Lift the patty off the table with the spatula.",
+    "Knife": "Push the two pieces apart with the knife.",
+    "WrenchForHammer": "Drive the pin into its block with the wrench.",
+    "SpatulaForHammer": "Drive the pin into its block with the spatula.",
+}
+TASKS: tuple[str, ...] = tuple(INSTRUCTIONS)
+#: Arms: the whole Panda, or its hand alone, moved by a weld to a mocap body.
+ARMS = ("panda", "hand")
+
+SPLITS: dict[str, tuple[str, ...]] = {
+    "tools": ("Hammer", "Wrench", "Spatula", "Knife"),
+    "cross": ("WrenchForHammer", "SpatulaForHammer"),
+    "all": TASKS,
+}
+
+
+def check_task(task: str) -> str:
+    """Returns ``task`` if there is such a task.
+
+    Raises:
+        UserError: There is none; the message holds the three nearest names.
+    """
+    if task not in INSTRUCTIONS:
+        raise unknown("fleet-tools task", task, TASKS)
+    return task
+
+
+def env_id(task: str, arm: str = "panda") -> str:
+    """The Gymnasium id of a task, such as ``FleetTools/Hammer-v0``, or ``FleetTools/Hammer-Hand-v0``."""
+    return f"FleetTools/{task}-v0" if arm == "panda" else f"FleetTools/{task}-Hand-v0"
+
+
+def resolve_task_set(task_set: str | Sequence[str]) -> tuple[str, ...]:
+    """The tasks of a split's name, or of a sequence of task names.
+
+    Raises:
+        UserError: Unknown split or task, no tasks, or a task named twice.
+    """
+    if isinstance(task_set, str):
+        if task_set not in SPLITS:
+            raise unknown("fleet-tools task set", task_set, SPLITS)
+        return SPLITS[task_set]
+    tasks = tuple(check_task(task) for task in task_set)
+    if not tasks:
+        raise UserError(f"the task set is empty; name tasks, or one of {', '.join(SPLITS)}")
+    if len(set(tasks)) < len(tasks):
+        raise UserError(f"the task set {tasks} names a task twice; each has one place in the one-hot")
+    return tasks
