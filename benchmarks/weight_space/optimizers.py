@@ -225,7 +225,8 @@ class OptimizerCNN(OptimizerMLP):
     steps: int = 150
     alpha: float = 0.09
     gamma: float = 0.96
-    tuning: int = 8
+    tuning: int = 4
+    networks: int = 16
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,8 @@ back when it is pushed aside, which makes its actions good labels under noise.
 
 Source: L. Manuelli et al., "kPAM: KeyPoint Affordances for Category-Level Robotic Manipulation", ISRR 2019, as the
 expert of fleet-tools uses it (L. Wang et al., "Robot Fleet Learning via Policy Merging", ICLR 2024). There, SNOPT
-solves for joint angles and a trajectory optimiser joins the keyframes; here least squares solve for the pose of the tool, and
-the environment's own inverse kinematics follow the keyframes.
+solves for joint angles and a trajectory optimiser joins the keyframes; here least squares solve for the pose of the
+tool, and the environment's own inverse kinematics follow the keyframes.
 """
 
 from __future__ import annotations

@@ -101,8 +101,8 @@ def scene_xml(
         '<camera name="overhead" pos="0.5 0 0.95" xyaxes="0 -1 0 1 0 0" fovy="45"/>'
         '<camera name="front" pos="1.25 -0.55 0.6" xyaxes="0.55 0.83 0 -0.36 0.24 0.9" fovy="45"/>'
         '<geom name="table" type="plane" size="0 0 0.1" pos="0.4 0 0" material="wood" contype="1" conaffinity="3"'
-        f' friction="0.8 0.005 0.0001"/>{robot}{mechanism.xml(made)}</worldbody>{drive}{mechanism.more_xml(made)}{sensor}'
-        f"<contact>{mechanism.contact_xml()}</contact></mujoco>"
+        f' friction="0.8 0.005 0.0001"/>{robot}{mechanism.xml(made)}</worldbody>'
+        f"{drive}{mechanism.more_xml(made)}{sensor}<contact>{mechanism.contact_xml()}</contact></mujoco>"
     )
 
 
