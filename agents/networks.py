@@ -18,6 +18,10 @@ CELLS: dict[str, type[nn.Module] | None] = {"gru": nn.GRU, "lstm": nn.LSTM, "rnn
 META_WORLD_DIFFERENCES = ((0, 36, 3), (4, 36, 3), (0, 4, 3))
 """For Meta-World's observation: hand (0-2) to goal (36-38), first object (4-6) to goal, hand to object."""
 
+FLEET_TOOLS_DIFFERENCES = ((15, 21, 3), (18, 21, 3), (21, 0, 3))
+"""For fleet-tools' observation: the tool's working end (21-23) to the object (15-17), and to the second piece (18-20;
+without one the numbers are a rotation, and the difference is of no use), the hand (0-2) to the tool's end."""
+
 CONVOLUTIONS = ((16, 8, 4), (32, 4, 2))
 """Channels, kernel and stride of an :class:`ImagePolicy`'s convolutions: those of Mnih et al., "Playing Atari with Deep
 Reinforcement Learning", 2013."""

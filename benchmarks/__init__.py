@@ -11,6 +11,7 @@ BENCHMARKS: Registry[Any] = Registry("benchmark", group="fleetgym.benchmarks")
 """Name -> ``main(argv) -> int`` of the protocol."""
 
 BENCHMARKS.register("fleet_merge", "fleetgym.benchmarks.fleet_merge:main")
+BENCHMARKS.register("fleet_tools", "fleetgym.benchmarks.fleet_tools:main")
 BENCHMARKS.register("experts", "fleetgym.benchmarks.experts:main")
 BENCHMARKS.register("linear_fleet", "fleetgym.benchmarks.linear_fleet:main")
 BENCHMARKS.register("matching", "fleetgym.benchmarks.matching:main")

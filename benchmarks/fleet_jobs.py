@@ -15,8 +15,9 @@ import numpy as np
 import torch
 
 from fleetgym.agents.imitation import FleetLearner, ImageBatch, ImitationConfig, inputs
-from fleetgym.agents.networks import META_WORLD_DIFFERENCES, ImagePolicy, RecurrentPolicy, features, masked_mse
+from fleetgym.agents.networks import ImagePolicy, RecurrentPolicy, features, masked_mse
 from fleetgym.benchmarks.fleet_presets import JOBS, MERGES, OWN_OPTIMIZER, Preset, label, partition
+from fleetgym.benchmarks.fleet_worlds import PROPRIOCEPTION, Place
 from fleetgym.core.demonstrations import Demonstrations, SequenceBatch, Statistics
 from fleetgym.core.errors import UserError
 from fleetgym.core.files import write_json
@@ -26,16 +27,13 @@ from fleetgym.core.rollout import collect, evaluate
 from fleetgym.core.run import Run
 from fleetgym.core.seeding import seed_everything
 from fleetgym.core.weights import WeightSpec
-from fleetgym.envs import suite
 from fleetgym.merging import MERGERS, interpolate, merge
 
 # Seeds of demonstrations, of the final evaluation and of the learning curve never meet; besides, the environment draws
 # the goals of the last two from the held-out half of its goal space.
 EVALUATION_SEED, CURVE_SEED = 1_000_000, 2_000_000
-CAMERA = "table"
-"""What a policy that sees looks through: one fixed view of the whole table, the same in all tasks."""
-PROPRIOCEPTION = 4
-"""So many of Meta-World's numbers a policy that sees still has: position of the hand [3], opening of the gripper."""
+FURTHER = "further"
+"""Folder of the records on what no robot has met, within the benchmark's."""
 
 
 @dataclass(frozen=True)
@@ -56,57 +54,6 @@ class _Lasting(gym.Wrapper):
 
     def close(self) -> None:
         """Does nothing."""
-
-
-def world(preset: Preset, task: str, **options: Any) -> gym.Env:
-    """The environment of a task as a preset observes it.
-
-    Args:
-        preset: Where its policies see, observations are mappings of ``state``, the numbers of Meta-World, and
-            ``pixels``, [S, S, 3] uint8.
-        task: The task.
-        **options: Of ``EnvSuite.make``.
-
-    Raises:
-        UserError: See ``EnvSuite.make``; or pictures where nothing can draw them.
-    """
-    worlds = suite("meta_world")
-    if not preset.sees:
-        return worlds.make(task, **options)
-    size = (preset.image_size, preset.image_size)
-    made = worlds.make(task, "rgb_array", camera_name=CAMERA, render_size=size, **options)
-    return gym.wrappers.AddRenderObservation(made, render_only=False)
-
-
-class Sight(gym.ObservationWrapper):
-    """Leaves of Meta-World's numbers only the first :data:`PROPRIOCEPTION`, and the one-hot behind them.
-
-    Args:
-        env: An environment of :func:`world` with pictures.
-        tasks: Length of the one-hot.
-    """
-
-    def __init__(self, env: gym.Env, tasks: int) -> None:
-        super().__init__(env)
-        whole = env.observation_space["state"]
-        size = whole.shape[0]
-        self.kept = np.r_[:PROPRIOCEPTION, size - tasks : size]
-        state = gym.spaces.Box(whole.low[self.kept], whole.high[self.kept], dtype=whole.dtype)
-        self.observation_space = gym.spaces.Dict({**env.observation_space.spaces, "state": state})
-
-    def observation(self, observation: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """Cuts ``state``."""
-        return {**observation, "state": observation["state"][self.kept]}
-
-
-def evaluation_world(preset: Preset, task: str) -> gym.Env:
-    """The environment of a task on held-out goals, as a preset's policies observe it.
-
-    Raises:
-        UserError: See :func:`world`.
-    """
-    made = world(preset, task, goals="held_out", task_set=preset.task_names)
-    return Sight(made, len(preset.task_names)) if preset.sees else made
 
 
 class _Reader:
@@ -135,22 +82,31 @@ class Fleet:
     def __init__(self, preset: Preset, folder: Path, seed: int) -> None:
         self.preset, self.seed = preset, seed
         self.tasks = list(preset.task_names)
+        self.world = preset.world
         hands = partition(preset, seed)
         self.robots = [tuple(self.tasks[k] for k in hand) for hand in hands]
         """The tasks of each robot."""
-        self._worlds: dict[str, gym.Env] = {}
+        self._worlds: dict[Place, gym.Env] = {}
         self.data: list[SequenceBatch] = []
-        episodes = [Demonstrations.load(demonstrations_path(folder, seed, task)) for task in self.tasks]
-        given = [0] * len(self.tasks)
+        episodes = {
+            data.name: Demonstrations.load(demonstrations_path(folder, seed, data.name))
+            for data in self.world.datasets(preset)
+        }
+        self.holders: list[dict[str, int]] = []
+        """For each robot and task of its, how many robots before it have that task."""
+        given = dict.fromkeys(self.tasks, 0)
         for hand in hands:
-            parts = []
+            parts, holder = [], {}
             for k in hand:
-                own = episodes[k][given[k] : given[k] + preset.demonstrations]
-                given[k] += preset.demonstrations
-                # Demonstrations show the plain 39 numbers; the policy also sees which task it is on.
-                parts.append(self._with_task(self._seen(own), k))
+                task = self.tasks[k]
+                holder[task] = given[task]
+                given[task] += 1
+                name, part = self.world.share(preset, task, holder[task])
+                # Demonstrations show the plain numbers; the policy also sees which task it is on.
+                parts.append(self._with_task(self._seen(episodes[name][part]), k))
             self.data.append(self.together(parts))
-        self.differences = () if preset.sees else META_WORLD_DIFFERENCES
+            self.holders.append(holder)
+        self.differences = () if preset.sees else self.world.differences
         self.statistics = Statistics.pool(
             [
                 Statistics.of(features(batch.observations[batch.mask].double(), self.differences).numpy(), floor=1e-3)
@@ -174,11 +130,16 @@ class Fleet:
         one_hot[..., k] = batch.mask.float()
         return dataclasses.replace(batch, observations=torch.cat([batch.observations, one_hot], -1))
 
-    def _world(self, task: str) -> gym.Env:
-        """The evaluation environment of a task, made once: making one costs more than an episode in it."""
-        if task not in self._worlds:
-            self._worlds[task] = _Lasting(evaluation_world(self.preset, task))
-        return self._worlds[task]
+    def _made(self, place: Place) -> gym.Env:
+        """The evaluation environment of a place, made once: making one costs more than an episode in it."""
+        if place not in self._worlds:
+            self._worlds[place] = _Lasting(self.world.evaluation(self.preset, place))
+        return self._worlds[place]
+
+    def own(self, robot: int) -> list[Place]:
+        """Where a robot's demonstrations are from."""
+        holders = self.holders[robot].items()
+        return [place for task, holder in holders for place in self.world.places(self.preset, [task], holder)]
 
     @property
     def data_bytes(self) -> int:
@@ -209,20 +170,43 @@ class Fleet:
         policy.normaliser.std.copy_(torch.as_tensor(self.statistics.std))
         return policy
 
-    def evaluate(self, policy: RecurrentPolicy, tasks: Sequence[str], episodes: int, first_seed: int) -> EvalRecord:
-        """Success on held-out goals: ``episodes`` of each task, latched, within ``max_steps``."""
-        records = [
-            evaluate(
-                policy,
-                functools.partial(self._world, task),
-                range(first_seed, first_seed + episodes),
-                task=task,
-                max_steps=self.preset.max_steps,
-                stop_on_success=True,
-            )
+    def evaluate(
+        self,
+        policy: RecurrentPolicy,
+        tasks: Sequence[str] | Sequence[Place],
+        episodes: int,
+        first_seed: int,
+    ) -> EvalRecord:
+        """Success on held-out goals, latched, within ``max_steps``.
+
+        Args:
+            policy: The policy.
+            tasks: Names of tasks, which stand for all their places; or places.
+            episodes: Of each name, at least so many, in equal parts over its places.
+            first_seed: Each place has seeds of its own from here on.
+        """
+        places = [
+            place
             for task in tasks
+            for place in ([task] if isinstance(task, Place) else self.world.places(self.preset, [task]))
         ]
-        return EvalRecord.concatenate(records, task=f"meta_world/{self.preset.tasks}")
+        names = [place.name for place in places]
+        records, begun = [], dict.fromkeys(names, first_seed)
+        for place in places:
+            number = -(-episodes // names.count(place.name))
+            seeds = range(begun[place.name], begun[place.name] + number)
+            begun[place.name] += number
+            records.append(
+                evaluate(
+                    policy,
+                    functools.partial(self._made, place),
+                    seeds,
+                    task=place.name,
+                    max_steps=self.preset.max_steps,
+                    stop_on_success=True,
+                )
+            )
+        return EvalRecord.concatenate(records, task=f"{self.preset.suite}/{self.preset.tasks}")
 
 
 def demonstrations_path(folder: Path, seed: int, task: str) -> Path:
@@ -230,34 +214,48 @@ def demonstrations_path(folder: Path, seed: int, task: str) -> Path:
     return folder / "training" / f"seed{seed}" / "demonstrations" / task
 
 
-def collect_task(preset: Preset, folder: str, seed: int, task: str) -> str:
-    """Collects the demonstrations of one task: successful episodes on goals of the training half."""
-    path = demonstrations_path(Path(folder), seed, task)
-    worlds = suite("meta_world")
+def collect_task(preset: Preset, folder: str, seed: int, name: str) -> str:
+    """Collects one data set: successful episodes on goals of the training half.
+
+    Args:
+        preset: What is collected; see ``World.datasets``.
+        folder: The benchmark's folder.
+        seed: Training seed.
+        name: The data set's; in Meta-World that is its task.
+
+    Returns:
+        The name.
+
+    Raises:
+        UserError: An expert that does not solve enough episodes.
+    """
+    data = next(data for data in preset.world.datasets(preset) if data.name == name)
+    task, wanted = data.task, data.number
+    path = demonstrations_path(Path(folder), seed, name)
     if path.exists():
         try:
             if not Demonstrations.load(path).info["interrupted"]:
-                return task
+                return name
         except UserError:
             pass  # half a dataset of an interrupted run: collect it again
-    expert = worlds.expert(task)
-    wanted = preset.robots_per_task * preset.demonstrations
+    expert = preset.world.suite.expert(task)
+    first = seed * 10_000 + data.first_seed
     # A quarter more than needed makes up for the expert's failures on most tasks.
     for number in (wanted + -(-wanted // 4), 2 * wanted, 4 * wanted):
         found = collect(
             _Reader(expert) if preset.sees else expert,
-            functools.partial(world, preset, task, goals="train"),
-            range(seed * 10_000, seed * 10_000 + number),
+            functools.partial(preset.world.make, preset, task, goals="train", **dict(data.options)),
+            range(first, first + number),
             dataset=path,
             overwrite=True,
             task=task,
-            instruction=worlds.task(task).instruction,
+            instruction=preset.world.suite.task(task).instruction,
             action_noise=preset.noise,
             stop_on_success=True,
         )
         if len(found) >= wanted:
-            return task
-    raise UserError(f"{task}: the expert solved {len(found)} of {number} episodes, {wanted} are wanted; lower noise")
+            return name
+    raise UserError(f"{name}: the expert solved {len(found)} of {number} episodes, {wanted} are wanted; lower noise")
 
 
 def run_job(job: Job, report: Callable[[str, int, int, str], None]) -> list[str]:
@@ -288,6 +286,7 @@ def run_job(job: Job, report: Callable[[str, int, int, str], None]) -> list[str]
             policy = trained.policies[0]
             record = fleet.evaluate(policy, fleet.tasks, preset.episodes, EVALUATION_SEED)
             _record(job, job.kind, record, trained)
+            _record_further(job, job.kind, fleet, [policy], trained)
             info = {"metrics": {"success": record.success}, "task_set": fleet.tasks}
             run.save_checkpoint("last", policy, info=info)
     report(name, preset.steps, preset.steps, "done")
@@ -403,8 +402,10 @@ _NOTES = {
 }
 
 
-def _record(job: Job, method: str, evaluated: EvalRecord, trained: Trained, **metrics: Any) -> None:
-    """Writes the record of one row and seed."""
+def _record(
+    job: Job, method: str, evaluated: EvalRecord, trained: Trained, folder: Path | None = None, **metrics: Any
+) -> None:
+    """Writes the record of one row and seed, into the benchmark's folder or another one."""
     if method in _NOTES:
         metrics["note"] = _NOTES[method]
     record = dataclasses.replace(
@@ -422,24 +423,36 @@ def _record(job: Job, method: str, evaluated: EvalRecord, trained: Trained, **me
             **metrics,
         },
     )
-    record.save(record_path(Path(job.folder), method, job.seed))
+    record.save(record_path(folder or Path(job.folder), method, job.seed))
+
+
+def _record_further(job: Job, method: str, fleet: Fleet, policies: Sequence[RecurrentPolicy], trained: Trained) -> None:
+    """Writes the record of one row and seed on what no robot has met, where the suite has such."""
+    places = fleet.world.further(job.preset)
+    if not places:
+        return
+    share = -(-job.preset.episodes // len(policies))
+    records = [fleet.evaluate(policy, places, share, EVALUATION_SEED) for policy in policies]
+    whole = EvalRecord.concatenate(records, task=f"{records[0].task}, further")
+    _record(job, method, whole, dataclasses.replace(trained, curve=[]), Path(job.folder) / FURTHER)
 
 
 def _record_alone(job: Job, fleet: Fleet, run: Run, trained: Trained) -> None:
     """The three rows that come of robots trained alone, and the path between two of them."""
     preset = job.preset
     own = [
-        fleet.evaluate(policy, tasks, -(-preset.episodes // preset.robots_per_task), EVALUATION_SEED)
-        for policy, tasks in zip(trained.policies, fleet.robots)
+        fleet.evaluate(policy, fleet.own(robot), -(-preset.episodes // preset.robots_per_task), EVALUATION_SEED)
+        for robot, policy in enumerate(trained.policies)
     ]
     _record(job, "alone_own", EvalRecord.concatenate(own, task=own[0].task), trained)
     # Every robot on every task; together as many episodes of each task as in the other rows.
-    if preset.tasks_each == len(fleet.tasks):
+    if preset.tasks_each == len(fleet.tasks) and not fleet.world.further(preset):
         every = own  # the same policies in the same episodes
     else:
         share = -(-preset.episodes // len(fleet.robots))
         every = [fleet.evaluate(policy, fleet.tasks, share, EVALUATION_SEED) for policy in trained.policies]
     _record(job, "alone_all", EvalRecord.concatenate(every, task=every[0].task), trained)
+    _record_further(job, "alone_all", fleet, trained.policies, trained)
 
     began = time.process_time()
     example = trained.policies[0].example()
@@ -459,6 +472,7 @@ def _record_alone(job: Job, fleet: Fleet, run: Run, trained: Trained) -> None:
         distance_before=merged.distance_before,
         distance_after=merged.distance_after,
     )
+    _record_further(job, "fleet_merge_once", fleet, [policy], once)
     for robot, specialist in enumerate(trained.policies):
         run.save_checkpoint(fleet.checkpoint_name(robot), specialist, info={"task_set": fleet.tasks})
     write_json(run.path / "interpolation.json", interpolation(job, fleet, trained.policies))

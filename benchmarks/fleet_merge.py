@@ -105,11 +105,30 @@ def main(argv: Sequence[str]) -> int:
     """``fleetgym bench fleet_merge``."""
     import tyro
 
-    args = tyro.cli(Args, args=list(argv), prog="fleetgym bench fleet_merge")
+    return execute(tyro.cli(Args, args=list(argv), prog="fleetgym bench fleet_merge"))
+
+
+def execute(args: Args, command: str = "fleet_merge", prefix: str = "") -> int:
+    """Runs the benchmark.
+
+    Args:
+        args: What was asked for.
+        command: Name of the command; also of the folder below ``runs``.
+        prefix: What the names of the command's presets begin with among :data:`PRESETS`.
+
+    Returns:
+        0.
+
+    Raises:
+        UserError: Bad arguments; see also :func:`run`.
+    """
+    short, name = args.preset, prefix + args.preset
+    if name not in PRESETS:
+        raise unknown("preset", short, [known.removeprefix(prefix) for known in PRESETS if known.startswith(prefix)])
     if args.sweep:
-        combinations(args.preset, args.override, args.sweep, args.methods)  # what is wrong is said before any work
+        combinations(name, args.override, args.sweep, args.methods)  # what is wrong is said before any work
     else:
-        preset = preset_from(args.preset, args.override)
+        preset = preset_from(name, args.override)
         preset.check()
     if not args.seeds:
         raise UserError("--seeds is empty; give at least one, such as --seeds 0")
@@ -127,16 +146,16 @@ def main(argv: Sequence[str]) -> int:
         "methods": args.methods,
     }
     if args.sweep:
-        folder = args.out or Path("runs") / "fleet_merge" / f"{args.preset}-sweep"
-        sweep(args.preset, args.override, args.sweep, folder, args.seeds, resume=args.resume, **options)
+        folder = args.out or Path("runs") / command / f"{short}-sweep"
+        sweep(name, args.override, args.sweep, folder, args.seeds, resume=args.resume, **options)
         print((folder / "sweep.md").read_text())
         print(f"page: {folder / 'sweep.html'}")
         return 0
-    folder = args.out or Path("runs") / "fleet_merge" / args.preset
-    config = {"benchmark": "fleet_merge", "name": args.preset, "preset": dataclasses.asdict(preset)}
-    with Run.open(folder, config, resume=args.resume, name="fleet_merge", tensorboard=False):
+    folder = args.out or Path("runs") / command / short
+    config = {"benchmark": command, "name": short, "preset": dataclasses.asdict(preset)}
+    with Run.open(folder, config, resume=args.resume, name=command, tensorboard=False):
         run(preset, folder, args.seeds, **options)
-        publish(folder, preset, args.preset, args.seeds, args.film)
+        publish(folder, preset, name, args.seeds, args.film)
     print((folder / "leaderboard.md").read_text())
     print(f"page: {folder / 'leaderboard.html'}")
     return 0

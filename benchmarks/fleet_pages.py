@@ -4,33 +4,22 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-import gymnasium as gym
-
-from fleetgym.benchmarks.fleet_jobs import CAMERA, EVALUATION_SEED, PROPRIOCEPTION, evaluation_world, record_path
+from fleetgym.benchmarks.fleet_jobs import EVALUATION_SEED, FURTHER, record_path
 from fleetgym.benchmarks.fleet_presets import ALL, ALL_METHODS, METHODS, PRESETS, Preset
+from fleetgym.benchmarks.fleet_worlds import CAMERA, PROPRIOCEPTION
 from fleetgym.core.checkpoint import Checkpoint
 from fleetgym.core.errors import UserError
 from fleetgym.core.files import read_json, write_json
 from fleetgym.core.rollout import rollout
-from fleetgym.envs import suite
 
 
 def merged_policy(folder: Path, seed: int) -> Path:
     """Where the checkpoint of the policy merged in rounds lies."""
     return folder / "training" / f"seed{seed}" / "fleet_merge_rounds" / "checkpoints" / "last"
-
-
-def _filmed(preset: Preset, task: str) -> gym.Env:
-    """The evaluation environment of a task, with pictures: those that the policy sees, if it does."""
-    if preset.sees:
-        return evaluation_world(preset, task)
-    return suite("meta_world").make(
-        task, "rgb_array", goals="held_out", task_set=preset.task_names, width=192, height=192
-    )
 
 
 def film(folder: Path, preset: Preset, seed: int, max_steps: int = 120, tasks: int = 6) -> str | None:
@@ -57,7 +46,7 @@ def film(folder: Path, preset: Preset, seed: int, max_steps: int = 120, tasks: i
     for name in names:
         episode = rollout(
             policy,
-            functools.partial(_filmed, preset, name),
+            functools.partial(preset.world.filmed, preset, preset.world.places(preset, [name])[0]),
             [EVALUATION_SEED],
             max_steps=max_steps,
             stop_on_success=True,
@@ -83,7 +72,7 @@ def command_options(preset: Preset, name: str) -> str:
 def describe(preset: Preset) -> str:
     """Who has what, and what is sent, in two sentences; a third where policies see."""
     tasks, each = len(preset.task_names), preset.tasks_each
-    what = f"{preset.demonstrations} demonstrations of one task"
+    what = f"{preset.demonstrations} demonstrations of {preset.world.one}"
     if preset.tasks_per_robot == ALL:
         what = f"{preset.demonstrations} demonstrations of its own of every task"
     elif each > 1:
@@ -112,15 +101,18 @@ def publish(folder: Path, preset: Preset, name: str, seeds: Sequence[int], make_
 
     interpolated = folder / "training" / f"seed{seeds[0]}" / "alone" / "interpolation.json"
     rows = command_options(preset, name)
+    command = "fleet_tools" if name.startswith("tools_") else "fleet_merge"
+    short = name.removeprefix("tools_")
     found = [method for method in ALL_METHODS if record_path(folder, method, seeds[0]).exists()]
     if found != list(METHODS):
         rows = f" --methods {' '.join(found)}{rows}"
+    changed = ", changed" if " --override " in rows else ""
     extras: dict[str, Any] = {
-        "title": f"Fleet merging on Meta-World, preset {name}{', changed' if ' --override ' in rows else ''}",
+        "title": f"Fleet merging on {preset.world.title}, preset {short}{changed}",
         "description": (
             f"{describe(preset)} Success is on goals that no demonstration showed; intervals are Wilson's, 95%."
         ),
-        "command": f"fleetgym bench fleet_merge --preset {name} --seeds {' '.join(map(str, seeds))}{rows}",
+        "command": f"fleetgym bench {command} --preset {short} --seeds {' '.join(map(str, seeds))}{rows}",
     }
     if interpolated.exists():
         extras["interpolation"] = read_json(interpolated)
@@ -137,3 +129,17 @@ def publish(folder: Path, preset: Preset, name: str, seeds: Sequence[int], make_
         Checkpoint.save(folder / "policy", merged.module(), info=merged.info)
     write_json(folder / "extras.json", {key: value for key, value in extras.items() if value is not None})
     leaderboard.write(folder)
+    further = folder / FURTHER
+    if (further / "records").exists():
+        own = {
+            "title": f"{extras['title']}: what no robot has met",
+            "description": f"The same policies, on {_listed(place.name for place in preset.world.further(preset))}.",
+            "command": extras["command"],
+        }
+        write_json(further / "extras.json", own)
+        leaderboard.write(further)
+
+
+def _listed(names: Iterable[str]) -> str:
+    *first, last = names
+    return f"{'; '.join(first)}; and {last}" if first else last

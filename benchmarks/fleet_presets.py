@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from fleetgym.agents.networks import CELLS, convolved
+from fleetgym.benchmarks.fleet_worlds import WORLDS, World
 from fleetgym.core.errors import UserError, unknown
 from fleetgym.core.render import NO_GL_HELP, choose_gl
 from fleetgym.core.seeding import generator
-from fleetgym.envs import suite
 from fleetgym.merging import MATCHERS
 
 OPTIMIZERS = ("robot", "server")
@@ -24,8 +24,10 @@ ALL = "all"
 class Preset:
     """What is trained and measured. The defaults are those of ``quick``."""
 
+    suite: str = "meta_world"
+    """Suite of the tasks: meta_world, or fleet_tools, where each robot of a task has a tool of its own."""
     tasks: str = "quick"
-    """Task set of the Meta-World suite, or task names with commas between; each task has its own robots."""
+    """Task set of the suite, or task names with commas between; each task has its own robots."""
     robots_per_task: int = 4
     """Robots that have a task (but neither demonstrations nor initial weights of it in common)."""
     tasks_per_robot: int | str = 1
@@ -34,11 +36,11 @@ class Preset:
     demonstrations: int = 20
     """Successful demonstrations that a robot has of each of its tasks."""
     noise: float = 0.1
-    """Standard deviation of the noise on the expert's executed actions in every second demonstration."""
+    """Standard deviation of the noise on the expert's executed actions."""
     observation: str = "state"
-    """What a policy sees besides the task's one-hot: ``state``, Meta-World's 39 numbers and three offsets made of them,
-    or ``image``, a picture by the camera ``table`` and four numbers: the position of the hand and the opening of the
-    gripper."""
+    """What a policy sees besides the task's one-hot: ``state``, the suite's numbers and three offsets made of them,
+    or ``image`` (Meta-World), a picture by the camera ``table`` and four numbers: the position of the hand and the
+    opening of the gripper."""
     image_size: int = 48
     """Pixels a side of the picture."""
     cell: str = "gru"
@@ -70,7 +72,7 @@ class Preset:
     episodes: int = 20
     """Evaluation episodes of each task."""
     max_steps: int = 500
-    """Steps of an evaluation episode; Meta-World counts success within 500."""
+    """Steps of an evaluation episode, at most; Meta-World counts success within 500, fleet-tools within 120."""
     curve_points: int = 6
     """How often the merged policy is evaluated during training."""
     curve_episodes: int = 5
@@ -79,7 +81,13 @@ class Preset:
     """Places on the line between two robots' weights where success is measured, the ends included; at most 11."""
 
     def __post_init__(self) -> None:
-        known = {"optimizer": OPTIMIZERS, "initial": INITIALS, "cell": CELLS, "observation": OBSERVATIONS}
+        known = {
+            "suite": WORLDS,
+            "optimizer": OPTIMIZERS,
+            "initial": INITIALS,
+            "cell": CELLS,
+            "observation": OBSERVATIONS,
+        }
         for name, options in known.items():
             if getattr(self, name) not in options:
                 raise unknown(name, getattr(self, name), options)
@@ -113,7 +121,12 @@ class Preset:
             UserError: Unknown task or task set; the message holds the three nearest names.
         """
         names = self.tasks.split(",")
-        return suite("meta_world").task_set(names if len(names) > 1 else names[0])
+        return self.world.suite.task_set(names if len(names) > 1 else names[0])
+
+    @property
+    def world(self) -> World:
+        """What the benchmark must know of the suite."""
+        return WORLDS[self.suite]
 
     @property
     def tasks_each(self) -> int:
@@ -164,6 +177,7 @@ class Preset:
             UserError: Unknown tasks or matcher, a partition that cannot be, or pictures where nothing can draw them.
         """
         self.robots  # noqa: B018
+        self.world.check(self)
         if self.matcher not in MATCHERS:
             raise unknown("matcher", self.matcher, MATCHERS.names())
         if self.sees and choose_gl() == "disable":
@@ -228,7 +242,30 @@ PRESETS = {
         episodes=10,
         curve_episodes=2,
     ),
+    "tools_quick": Preset(
+        suite="fleet_tools",
+        tasks="Hammer,Knife",
+        robots_per_task=3,
+        demonstrations=10,
+        noise=0.04,
+        rounds=30,
+        max_steps=120,
+        curve_points=2,
+        curve_episodes=3,
+    ),
+    "tools_cpu": Preset(
+        suite="fleet_tools",
+        tasks="tools",
+        robots_per_task=5,
+        demonstrations=20,
+        noise=0.04,
+        rounds=150,
+        episodes=50,
+        max_steps=120,
+        curve_episodes=10,
+    ),
 }
+"""Those that begin with ``tools_`` are of ``fleetgym bench fleet_tools``, where they are named without it."""
 
 METHODS = {
     "alone_own": "Each robot alone, own task",

@@ -228,7 +228,7 @@ def write(folder: Path, found: Sequence[dict[str, Any]], names: Sequence[str], n
     """Writes the rows, the table and the page."""
     from fleetgym.benchmarks import page
 
-    title = f"Fleet merging on Meta-World, preset {name}: {', '.join(names)} swept"
+    title = f"Fleet merging on {preset_from(name).world.title}, preset {name}: {', '.join(names)} swept"
     heads, lines = table(found, names)
     text = "".join(f"| {' | '.join(cells)} |\n" for cells in (heads, ["---"] * len(heads), *lines))
     write_json(folder / "sweep.json", {"command": command, "rows": list(found)})

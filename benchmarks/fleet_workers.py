@@ -45,10 +45,12 @@ def run(
     jobs = [job for job in jobs if not recorded(job)]
     if not jobs:
         return
-    tasks = preset.task_names
+    datasets = preset.world.datasets(preset)
     seeds = [seed for seed in seeds if any(job.seed == seed for job in jobs)]
     with worker_processes(workers) as processes:
-        waiting = [processes.submit(collect_task, preset, str(folder), seed, task) for seed in seeds for task in tasks]
+        waiting = [
+            processes.submit(collect_task, preset, str(folder), seed, data.name) for seed in seeds for data in datasets
+        ]
         for done, future in enumerate(waiting, start=1):
             processes.progress("demonstrations", done, len(waiting), future.result())
         processes.drain([processes.submit(_job_in_worker, job) for job in jobs])

@@ -11,8 +11,8 @@ import torch
 
 from fleetgym.agents.networks import ImagePolicy
 from fleetgym.benchmarks import fleet_merge
-from fleetgym.benchmarks.fleet_jobs import PROPRIOCEPTION, evaluation_world
 from fleetgym.benchmarks.fleet_merge import Job, Preset, preset_from
+from fleetgym.benchmarks.fleet_worlds import PROPRIOCEPTION, Place
 from fleetgym.core import Checkpoint, Demonstrations, EvalRecord, UserError
 from fleetgym.core.render import BACKENDS, choose_gl
 from fleetgym.envs import suite
@@ -65,7 +65,7 @@ def test_what_a_policy_sees(folder):
     assert batch.observations.shape[-1] == PROPRIOCEPTION + 2  # nothing of objects or goals
     assert batch.observations[..., PROPRIOCEPTION:][batch.mask].unique(dim=0).tolist() == [[0, 1]]
     assert len(fleet.statistics.mean) == PROPRIOCEPTION + 2
-    env = evaluation_world(TINY, "door-close-v3")
+    env = TINY.world.evaluation(TINY, Place("door", "door-close-v3", "door-close-v3"))
     observation, _ = env.reset(seed=3)
     assert env.observation_space.contains(observation)
     whole = env.unwrapped.simulation._get_curr_obs_combined_no_goal()
