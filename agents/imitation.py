@@ -25,54 +25,61 @@ _WEIGHTS, _EPISODES = 2_000_000, 40
 
 
 @dataclass(frozen=True)
-class ImageBatch(SequenceBatch):
-    """Sequences of pictures with a few numbers beside them.
+class SightBatch(SequenceBatch):
+    """Sequences of pictures, or of clouds of points, with a few numbers beside them.
 
     Attributes:
-        images: [B, T, S, S, 3] uint8: the picture that belongs to each of the observations.
+        sights: [B, T, S, S, 3] uint8, the picture that belongs to each of the observations; or [B, T, 4, P] float32,
+            the points.
     """
 
-    images: Tensor
+    sights: Tensor
 
     @classmethod
-    def of(cls, demonstrations: Demonstrations) -> ImageBatch:
-        """All episodes of a dataset whose observations are mappings of ``state`` and ``pixels``, padded to the longest.
+    def of(cls, demonstrations: Demonstrations) -> SightBatch:
+        """All episodes of a dataset whose observations are mappings, padded to the longest.
 
-        The pictures stay bytes.
+        They map ``state`` to numbers, and either ``pixels`` to square pictures, which stay bytes, or ``points`` to
+        clouds [4, P].
 
         Raises:
             UserError: The observations are something else.
         """
         spaces = getattr(demonstrations.observation_space, "spaces", {})
-        shape = getattr(spaces.get("pixels"), "shape", None) or ()
-        if "state" not in spaces or len(shape) != 3 or shape[0] != shape[1] or spaces["pixels"].dtype != np.uint8:
+        key = "points" if "points" in spaces else "pixels"
+        shape = getattr(spaces.get(key), "shape", None) or ()
+        if key == "points":
+            fine = len(shape) == 2 and shape[0] == 4
+        else:
+            fine = len(shape) == 3 and shape[0] == shape[1] and spaces[key].dtype == np.uint8
+        if "state" not in spaces or not fine:
             raise UserError(
                 f"the dataset has the observation space {demonstrations.observation_space}; a mapping of 'state' and "
-                "'pixels', square pictures of uint8, is wanted"
+                "'pixels', square pictures of uint8, or 'points', [4, P], is wanted"
             )
         plain = demonstrations.map(lambda e, _: replace(e, observations=e.observations["state"])).padded()
-        images = [torch.from_numpy(e.observations["pixels"][: e.length]) for e in demonstrations]
-        return cls(plain.observations, plain.actions, plain.mask, pad_sequence(images, batch_first=True))
+        sights = [torch.from_numpy(e.observations[key][: e.length]) for e in demonstrations]
+        return cls(plain.observations, plain.actions, plain.mask, pad_sequence(sights, batch_first=True))
 
     @classmethod
-    def concatenate(cls, batches: Sequence[ImageBatch]) -> ImageBatch:
-        """See ``SequenceBatch.concatenate``; pictures of different sizes are refused, too."""
+    def concatenate(cls, batches: Sequence[SightBatch]) -> SightBatch:
+        """See ``SequenceBatch.concatenate``; pictures or clouds of different sizes are refused, too."""
         plain = SequenceBatch.concatenate(batches)
-        sizes = {tuple(batch.images.shape[2:]) for batch in batches}
+        sizes = {tuple(batch.sights.shape[2:]) for batch in batches}
         if len(sizes) > 1:
             raise UserError(f"batches of different pictures {sorted(sizes)} do not concatenate")
-        images = pad_sequence([episode for batch in batches for episode in batch.images], batch_first=True)
-        return cls(plain.observations, plain.actions, plain.mask, images)
+        sights = pad_sequence([episode for batch in batches for episode in batch.sights], batch_first=True)
+        return cls(plain.observations, plain.actions, plain.mask, sights)
 
-    def to(self, device: Any) -> ImageBatch:
+    def to(self, device: Any) -> SightBatch:
         """The batch on another device."""
         plain = super().to(device)
-        return ImageBatch(plain.observations, plain.actions, plain.mask, self.images.to(device))
+        return SightBatch(plain.observations, plain.actions, plain.mask, self.sights.to(device))
 
 
 def inputs(batch: SequenceBatch) -> tuple[Tensor, ...]:
-    """What a policy is called with: the observations, and the pictures where there are some."""
-    return (batch.observations, batch.images) if isinstance(batch, ImageBatch) else (batch.observations,)
+    """What a policy is called with: the observations, and the pictures or points where there are some."""
+    return (batch.observations, batch.sights) if isinstance(batch, SightBatch) else (batch.observations,)
 
 
 @dataclass(frozen=True)
@@ -146,11 +153,11 @@ class FleetLearner:
                 )
             if not len(batch.observations):
                 raise UserError(f"robot {robot} has no demonstrations")
-            seen = tuple(batch.images.shape[2:]) if isinstance(batch, ImageBatch) else None
-            size = self.stack.config.get("image_size")
-            if seen != (None if size is None else (size, size, 3)):
+            seen = tuple(batch.sights.shape[2:]) if isinstance(batch, SightBatch) else None
+            if seen != policies[0].sight_shape:
                 raise UserError(
-                    f"robot {robot}: demonstrations have pictures of shape {seen}, its policy has image_size={size}"
+                    f"robot {robot}: demonstrations have pictures (or points) of shape {seen}, its policy takes "
+                    f"{policies[0].sight_shape}"
                 )
         for name, value in self.stack.state_dict().items():
             if not torch.isfinite(value).all():

@@ -27,6 +27,13 @@ CONVOLUTIONS = ((16, 8, 4), (32, 4, 2))
 Reinforcement Learning", 2013."""
 
 
+POINT_LAYERS = (32, 64)
+"""Widths of a :class:`PointPolicy`'s layers that see points."""
+
+POINT_SCALE = 0.1
+"""Metres; about the size of a tool."""
+
+
 class Normaliser(nn.Module):
     """Standardises observations with fixed statistics, ``(x - mean) / std``.
 
@@ -137,6 +144,11 @@ class RecurrentPolicy(nn.Module):
         else:
             x, state = self.core(x, state)
         return self.head(x), state
+
+    @property
+    def sight_shape(self) -> tuple[int, ...] | None:
+        """Shape of what it sees beside the numbers; None: nothing."""
+        return None
 
     def example(self) -> tuple[Tensor, ...] | None:
         """What ``WeightSpec.from_module`` and ``merge`` are to be given as ``example_input``; None: they need none."""
@@ -263,6 +275,11 @@ class ImagePolicy(RecurrentPolicy):
         seen = self.sight(seen).view(*images.shape[:2], -1)
         return self._act(self.encoder(self.normaliser(self.features(observations))) + seen, state)
 
+    @property
+    def sight_shape(self) -> tuple[int, ...]:
+        """Shape of a picture."""
+        return self.config["image_size"], self.config["image_size"], 3
+
     def example(self) -> tuple[Tensor, ...]:
         """An example input: numbers [2, 3, Do] and pictures [2, 3, S, S, 3], the same at every call."""
         rng, size = torch.Generator().manual_seed(0), self.config["image_size"]
@@ -285,6 +302,85 @@ class ImagePolicy(RecurrentPolicy):
                 f"{wanted} of uint8, or both without B"
             )
         return single, (*parts, images)
+
+
+class PointPolicy(RecurrentPolicy):
+    """A :class:`RecurrentPolicy` that sees a cloud of points beside a few numbers.
+
+    Two layers with ReLU (:data:`POINT_LAYERS`) look at each point by itself, the largest value of each channel over the
+    points is kept, and a linear layer of those is added to the encoder's output before its tanh: the encoder of Qi et
+    al., "PointNet: Deep Learning on Point Sets for 3D Classification and Segmentation", CVPR 2017, without its
+    alignment networks. Places are divided by :data:`POINT_SCALE` first. It does not depend on the order of the points.
+
+    Args:
+        observation_size: Do, how many numbers there are.
+        action_size: Da.
+        points: P, how many points.
+        **options: ``cell``, ``hidden``, ``layers``, ``differences``, ``action_low`` and ``action_high`` of
+            :class:`RecurrentPolicy`.
+
+    Raises:
+        UserError: See :class:`RecurrentPolicy`; or no points.
+    """
+
+    architecture = "point_policy"
+
+    def __init__(self, observation_size: int, action_size: int, points: int = 128, **options: Any) -> None:
+        super().__init__(observation_size, action_size, **options)
+        if points < 1:
+            raise UserError(f"points={points}: it must be at least 1")
+        self.config["points"] = points
+        layers: list[nn.Module] = []
+        channels = 4
+        for number in POINT_LAYERS:
+            layers += [nn.Linear(channels, number), nn.ReLU()]
+            channels = number
+        self.eye = nn.Sequential(*layers)
+        self.sight = nn.Linear(channels, self.config["hidden"], bias=False)
+
+    def forward(self, observations: Tensor, points: Tensor, state: Any = None) -> tuple[Tensor, Any]:
+        """Runs the policy over sequences.
+
+        Args:
+            observations: [B, T, Do].
+            points: [B, T, 4, P]: places in metres, and a mask.
+            state: See :meth:`RecurrentPolicy.forward`.
+
+        Returns:
+            See :meth:`RecurrentPolicy.forward`.
+        """
+        seen = self.sight(self.eye(scaled(points)).amax(-2))
+        return self._act(self.encoder(self.normaliser(self.features(observations))) + seen, state)
+
+    @property
+    def sight_shape(self) -> tuple[int, ...]:
+        """Shape of a cloud."""
+        return 4, self.config["points"]
+
+    def example(self) -> tuple[Tensor, ...]:
+        """An example input: numbers [2, 3, Do] and points [2, 3, 4, P], the same at every call."""
+        rng = torch.Generator().manual_seed(0)
+        weight = self.encoder.weight
+        observations = torch.randn(2, 3, self.config["observation_size"], generator=rng)
+        return observations.to(weight), (0.1 * torch.randn(2, 3, *self.sight_shape, generator=rng)).to(weight)
+
+    def _rows(self, observation: Any) -> tuple[bool, tuple[np.ndarray, ...]]:
+        shape = self.sight_shape
+        wanted = f"a mapping of 'state' [B, {self.config['observation_size']}] and 'points' [B, 4, {shape[1]}]"
+        if not isinstance(observation, Mapping) or not {"state", "points"} <= set(observation):
+            found = sorted(observation) if isinstance(observation, Mapping) else np.shape(observation)
+            raise UserError(f"observation of {found}; this policy takes {wanted}, or both without B")
+        single, parts = super()._rows(observation["state"])
+        points = np.asarray(observation["points"], np.float32)
+        points = points[None] if single else points
+        if points.shape != (len(parts[0]), *shape):
+            raise UserError(f"'points' of shape {points.shape}; this policy takes {wanted}, or both without B")
+        return single, (*parts, points)
+
+
+def scaled(points: Tensor) -> Tensor:
+    """Clouds [..., 4, P] as what a layer takes: [..., P, 4], places in units of :data:`POINT_SCALE`."""
+    return points.transpose(-1, -2) * points.new_tensor([1 / POINT_SCALE] * 3 + [1.0])
 
 
 def convolved(image_size: int) -> int:
@@ -381,12 +477,12 @@ class PolicyStack(nn.Module):
             out.append(policy)
         return out
 
-    def forward(self, observations: Tensor, images: Tensor | None = None, *, rows: slice | None = None) -> Tensor:
+    def forward(self, observations: Tensor, sights: Tensor | None = None, *, rows: slice | None = None) -> Tensor:
         """Runs every policy over its own sequences, from fresh memories.
 
         Args:
             observations: [N, B, T, Do].
-            images: [N, B, T, S, S, 3], 0 to 255, for policies that see.
+            sights: [N, B, T, S, S, 3], 0 to 255, or [N, B, T, 4, P], for policies that see pictures or points.
             rows: The robots to run, N of them; all if None.
 
         Returns:
@@ -404,8 +500,9 @@ class PolicyStack(nn.Module):
         x = (x - own("normaliser.mean")[:, None, None]) / own("normaliser.std")[:, None, None]
         # Time before batch: the scan then reads and writes contiguous slices.
         x = linear(x.transpose(1, 2).reshape(num, time * batch, -1), "encoder")
-        if images is not None:
-            seen = self._seen(images.transpose(1, 2).flatten(1, 2), own)
+        if sights is not None:
+            look = self._seen_points if "points" in self.config else self._seen
+            seen = look(sights.transpose(1, 2).flatten(1, 2), own)
             x = x + torch.bmm(seen, own("sight.weight").transpose(1, 2))
         x = torch.tanh(x)
         cell = self.config["cell"]
@@ -438,6 +535,16 @@ class PolicyStack(nn.Module):
                 x = F.relu(F.conv2d(x, weights[robot], biases[robot], stride))
             out.append(x.flatten(1))
         return torch.stack(out)
+
+    @staticmethod
+    def _seen_points(points: Tensor, own: Callable[[str], Tensor]) -> Tensor:
+        """What each robot's layers make of its points: [N, M, 4, P] -> [N, M, C]."""
+        num, many, _, size = points.shape
+        x = scaled(points).reshape(num, many * size, 4)
+        for i in range(len(POINT_LAYERS)):
+            bias, weight = own(f"eye.{2 * i}.bias"), own(f"eye.{2 * i}.weight")
+            x = F.relu(torch.baddbmm(bias[:, None], x, weight.transpose(1, 2)))
+        return x.view(num, many, size, -1).amax(2)
 
 
 class _GRUScan(torch.autograd.Function):

@@ -14,10 +14,10 @@ import gymnasium as gym
 import numpy as np
 import torch
 
-from fleetgym.agents.imitation import FleetLearner, ImageBatch, ImitationConfig, inputs
-from fleetgym.agents.networks import ImagePolicy, RecurrentPolicy, features, masked_mse
+from fleetgym.agents.imitation import FleetLearner, ImitationConfig, SightBatch, inputs
+from fleetgym.agents.networks import ImagePolicy, PointPolicy, RecurrentPolicy, features, masked_mse
 from fleetgym.benchmarks.fleet_presets import JOBS, MERGES, OWN_OPTIMIZER, Preset, label, partition
-from fleetgym.benchmarks.fleet_worlds import PROPRIOCEPTION, Place
+from fleetgym.benchmarks.fleet_worlds import Place
 from fleetgym.core.demonstrations import Demonstrations, SequenceBatch, Statistics
 from fleetgym.core.errors import UserError
 from fleetgym.core.files import write_json
@@ -118,12 +118,12 @@ class Fleet:
         """Episodes as the policies see them, without the one-hot."""
         if not self.preset.sees:
             return demonstrations.padded()
-        batch = ImageBatch.of(demonstrations)
-        return dataclasses.replace(batch, observations=batch.observations[..., :PROPRIOCEPTION])
+        batch = SightBatch.of(demonstrations)
+        return dataclasses.replace(batch, observations=batch.observations[..., : self.world.proprioception])
 
     def together(self, batches: Sequence[SequenceBatch]) -> SequenceBatch:
         """All sequences of several robots' (or tasks') batches."""
-        return (ImageBatch if self.preset.sees else SequenceBatch).concatenate(batches)
+        return (SightBatch if self.preset.sees else SequenceBatch).concatenate(batches)
 
     def _with_task(self, batch: SequenceBatch, k: int) -> SequenceBatch:
         one_hot = torch.zeros(*batch.mask.shape, len(self.tasks))
@@ -143,10 +143,11 @@ class Fleet:
 
     @property
     def data_bytes(self) -> int:
-        """Bytes of one robot's demonstrations: numbers and actions as float32, and the bytes of the pictures."""
+        """Bytes of one robot's demonstrations: numbers, points and actions as float32, pictures as bytes."""
         steps = sum(int(batch.mask.sum()) for batch in self.data) / len(self.data)
         size = self.data[0].observations.shape[-1] - len(self.tasks) + self.data[0].actions.shape[-1]
-        return round(steps * (4 * size + 3 * self.preset.image_size**2 * self.preset.sees))
+        sight = {"image": 3 * self.preset.image_size**2, "points": 4 * 4 * self.preset.points}
+        return round(steps * (4 * size + sight.get(self.preset.observation, 0)))
 
     def checkpoint_name(self, robot: int) -> str:
         """What the checkpoint of a robot trained alone is called: its number, and its task if it has one only."""
@@ -162,8 +163,10 @@ class Fleet:
         torch.manual_seed(self.seed * 100_003 + (robot if self.preset.initial == "different" else 0))
         options = {"cell": self.preset.cell, "hidden": self.preset.hidden, "layers": self.preset.layers}
         sizes = self.data[0].observations.shape[-1], self.data[0].actions.shape[-1]
-        if self.preset.sees:
+        if self.preset.observation == "image":
             policy: RecurrentPolicy = ImagePolicy(*sizes, image_size=self.preset.image_size, **options)
+        elif self.preset.observation == "points":
+            policy = PointPolicy(*sizes, points=self.preset.points, **options)
         else:
             policy = RecurrentPolicy(*sizes, differences=self.differences, **options)
         policy.normaliser.mean.copy_(torch.as_tensor(self.statistics.mean))
@@ -243,7 +246,7 @@ def collect_task(preset: Preset, folder: str, seed: int, name: str) -> str:
     # A quarter more than needed makes up for the expert's failures on most tasks.
     for number in (wanted + -(-wanted // 4), 2 * wanted, 4 * wanted):
         found = collect(
-            _Reader(expert) if preset.sees else expert,
+            _Reader(expert) if preset.observation == "image" else expert,
             functools.partial(preset.world.make, preset, task, goals="train", **dict(data.options)),
             range(first, first + number),
             dataset=path,

@@ -83,7 +83,12 @@ def describe(preset: Preset) -> str:
     if preset.optimizer == "server":
         sent = f"they send weights after {preset.warmup} gradient steps, and at each later step a gradient"
     seen = ""
-    if preset.sees:
+    if preset.observation == "points":
+        seen = (
+            f" They see {preset.points} points of tool and object in the hand's frame, and "
+            f"{preset.world.proprioception} numbers of hand and arm."
+        )
+    if preset.observation == "image":
         side = preset.image_size
         seen = (
             f" They see a picture of {side} x {side} pixels by the camera {CAMERA}, and {PROPRIOCEPTION} numbers: the "

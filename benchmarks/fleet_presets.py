@@ -16,7 +16,7 @@ from fleetgym.merging import MATCHERS
 
 OPTIMIZERS = ("robot", "server")
 INITIALS = ("different", "same")
-OBSERVATIONS = ("state", "image")
+OBSERVATIONS = ("state", "image", "points")
 ALL = "all"
 
 
@@ -39,10 +39,13 @@ class Preset:
     """Standard deviation of the noise on the expert's executed actions."""
     observation: str = "state"
     """What a policy sees besides the task's one-hot: ``state``, the suite's numbers and three offsets made of them,
-    or ``image`` (Meta-World), a picture by the camera ``table`` and four numbers: the position of the hand and the
-    opening of the gripper."""
+    ``image`` (Meta-World), a picture by the camera ``table`` and four numbers: the position of the hand and the opening
+    of the gripper, or ``points`` (fleet-tools), a cloud of points of tool and object in the hand's frame, and 15
+    numbers of hand and arm."""
     image_size: int = 48
     """Pixels a side of the picture."""
+    points: int = 128
+    """Points of the cloud, half of them of the tool."""
     cell: str = "gru"
     """Core of the policy: gru, lstm, rnn or mlp."""
     hidden: int = 64
@@ -96,7 +99,7 @@ class Preset:
         least |= dict.fromkeys(
             ("robots_per_task", "demonstrations", "hidden", "layers", "batch_size", "local_steps"), 1
         )
-        least |= dict.fromkeys(("episodes", "max_steps", "curve_points", "curve_episodes"), 1)
+        least |= {"points": 2} | dict.fromkeys(("episodes", "max_steps", "curve_points", "curve_episodes"), 1)
         for name, smallest in least.items():
             if not getattr(self, name) >= smallest:
                 raise UserError(f"{name}={getattr(self, name)}: it must be at least {smallest}")
@@ -167,8 +170,8 @@ class Preset:
 
     @property
     def sees(self) -> bool:
-        """Whether the policies see pictures."""
-        return self.observation == "image"
+        """Whether the policies see pictures or points."""
+        return self.observation != "state"
 
     def check(self) -> None:
         """Says before any work what only other parts know to be wrong.
@@ -180,7 +183,7 @@ class Preset:
         self.world.check(self)
         if self.matcher not in MATCHERS:
             raise unknown("matcher", self.matcher, MATCHERS.names())
-        if self.sees and choose_gl() == "disable":
+        if self.observation == "image" and choose_gl() == "disable":
             raise UserError(f"observation=image: cannot draw pictures: {NO_GL_HELP}; or use observation=state")
 
 

@@ -80,26 +80,58 @@ class Sight(gym.ObservationWrapper):
         return {**observation, "state": observation["state"][self.kept]}
 
 
+class Thinned(gym.ObservationWrapper):
+    """Keeps so many points of a cloud, evenly chosen.
+
+    Args:
+        env: An environment whose observations map ``points`` to [4, P].
+        points: How many to keep.
+
+    Raises:
+        UserError: More than there are.
+    """
+
+    def __init__(self, env: gym.Env, points: int) -> None:
+        super().__init__(env)
+        whole = env.observation_space["points"]
+        if points > whole.shape[1]:
+            raise UserError(f"points={points}: the cloud has {whole.shape[1]}; use so many at most")
+        self.kept = np.linspace(0, whole.shape[1] - 1, points).round().astype(int)
+        thin = gym.spaces.Box(whole.low[:, self.kept], whole.high[:, self.kept], dtype=whole.dtype)
+        self.observation_space = gym.spaces.Dict({**env.observation_space.spaces, "points": thin})
+
+    def observation(self, observation: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Thins ``points``."""
+        return {**observation, "points": observation["points"][:, self.kept]}
+
+
 class Told(gym.ObservationWrapper):
     """Appends a one-hot of what the policy is told: here it may be another task than the one that is played.
 
     Args:
-        env: An environment with vectors as observations.
+        env: An environment with vectors as observations, or with mappings, whose ``state`` is meant.
         place: Of the one.
         tasks: Length of the one-hot.
+        kept: Numbers kept of the vector.
     """
 
-    def __init__(self, env: gym.Env, place: int, tasks: int) -> None:
+    def __init__(self, env: gym.Env, place: int, tasks: int, kept: int | None = None) -> None:
         super().__init__(env)
         self.one_hot = np.zeros(tasks)
         self.one_hot[place] = 1.0
+        self.kept = slice(kept)
         space = env.observation_space
-        low, high = np.concatenate([space.low, np.zeros(tasks)]), np.concatenate([space.high, np.ones(tasks)])
-        self.observation_space = gym.spaces.Box(low, high, dtype=space.dtype)
+        self.mapped = isinstance(space, gym.spaces.Dict)
+        box = space["state"] if self.mapped else space
+        low = np.concatenate([box.low[self.kept], np.zeros(tasks)])
+        told = gym.spaces.Box(low, np.concatenate([box.high[self.kept], np.ones(tasks)]), dtype=box.dtype)
+        self.observation_space = gym.spaces.Dict({**space.spaces, "state": told}) if self.mapped else told
 
-    def observation(self, observation: np.ndarray) -> np.ndarray:
+    def observation(self, observation: Any) -> Any:
         """Appends the one-hot."""
-        return np.concatenate([observation, self.one_hot])
+        if self.mapped:
+            return {**observation, "state": np.concatenate([observation["state"][self.kept], self.one_hot])}
+        return np.concatenate([observation[self.kept], self.one_hot])
 
 
 class World:
@@ -110,6 +142,7 @@ class World:
         one: What a robot's demonstrations are of, for pages.
         kinds: Kinds of observations that policies may have here.
         differences: Of the observation's numbers; see ``RecurrentPolicy``.
+        proprioception: So many of the numbers a policy that sees still has.
     """
 
     name = "meta_world"
@@ -117,6 +150,7 @@ class World:
     one = "one task"
     kinds: tuple[str, ...] = ("state", "image")
     differences: tuple[tuple[int, int, int], ...] = META_WORLD_DIFFERENCES
+    proprioception = PROPRIOCEPTION
 
     @property
     def suite(self) -> EnvSuite:
@@ -189,8 +223,15 @@ class FleetTools(World):
     name = "fleet_tools"
     title = "fleet-tools"
     one = "one task with a tool of its own"
-    kinds = ("state",)
+    kinds = ("state", "points")
     differences = FLEET_TOOLS_DIFFERENCES
+    proprioception = 15
+
+    def make(self, preset: Preset, task: str, **options: Any) -> gym.Env:
+        """See :class:`World`; clouds are thinned to the preset's number of points."""
+        if preset.observation == "state":
+            return self.suite.make(task, **options)
+        return Thinned(self.suite.make(task, observation=("state", "points"), **options), preset.points)
 
     def check(self, preset: Preset) -> None:
         """See :class:`World`; a fleet has one robot a tool and task.
@@ -213,11 +254,12 @@ class FleetTools(World):
 
     def filmed(self, preset: Preset, place: Place) -> gym.Env:
         """See :class:`World`."""
-        options = {"goals": "held_out", "width": 192, "height": 192, **dict(place.options)}
-        return self._told(preset, place, self.suite.make(place.made, "rgb_array", **options))
+        options = {"goals": "held_out", "width": 192, "height": 192, "render_mode": "rgb_array", **dict(place.options)}
+        return self._told(preset, place, self.make(preset, place.made, **options))
 
     def _told(self, preset: Preset, place: Place, env: gym.Env) -> gym.Env:
-        return Told(env, preset.task_names.index(place.task), len(preset.task_names))
+        kept = self.proprioception if preset.sees else None
+        return Told(env, preset.task_names.index(place.task), len(preset.task_names), kept)
 
     def datasets(self, preset: Preset) -> list[DataSet]:
         """One a task and tool, each with poses of its own."""

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from fleetgym.agents.imitation import FleetLearner, ImageBatch, ImitationConfig, inputs
+from fleetgym.agents.imitation import FleetLearner, ImitationConfig, SightBatch, inputs
 from fleetgym.agents.networks import ImagePolicy, PolicyStack, RecurrentPolicy, convolved, masked_mse
 from fleetgym.core import Checkpoint, Demonstrations, SequenceBatch, UserError
 from fleetgym.core.rollout import Episode
@@ -29,7 +29,7 @@ def batch(seed=0, episodes=6, time=7):
     images = torch.randint(0, 256, (episodes, time, SIZE, SIZE, 3), generator=rng, dtype=torch.uint8)
     lengths = torch.randint(time // 2, time + 1, (episodes,), generator=rng)
     observations, actions = (torch.randn(episodes, time, n, generator=rng) for n in (5, 2))
-    return ImageBatch(observations, actions, torch.arange(time) < lengths[:, None], images)
+    return SightBatch(observations, actions, torch.arange(time) < lengths[:, None], images)
 
 
 @pytest.mark.parametrize("cell", ["gru", "lstm", "mlp"])
@@ -38,7 +38,7 @@ def test_predict_step_by_step_is_forward_over_the_sequence(cell):
     whole, _ = policy(*inputs(seen))
     state, start = None, np.ones(3, bool)
     for t in range(seen.mask.shape[1]):
-        observation = {"state": seen.observations[:, t].numpy(), "pixels": seen.images[:, t].numpy()}
+        observation = {"state": seen.observations[:, t].numpy(), "pixels": seen.sights[:, t].numpy()}
         action, state = policy.predict(observation, state, start)
         np.testing.assert_allclose(action, whole[:, t].detach().clamp(-1, 1).numpy(), atol=1e-5)
         start = np.zeros(3, bool)
@@ -59,7 +59,7 @@ def test_symmetry_is_derived_proved_and_exact():
     moved.load_state_dict(spec.apply(policy.state_dict(), element))
     assert all((moved.eye[i].weight - policy.eye[i].weight).abs().max() > 0.01 for i in (0, 2))
     seen = batch(3)
-    seen = (seen.observations.double(), seen.images)
+    seen = (seen.observations.double(), seen.sights)
     torch.testing.assert_close(moved(*seen)[0], policy(*seen)[0], atol=1e-12, rtol=0)
 
 
@@ -135,18 +135,18 @@ def test_a_shared_policy_follows_the_mean_of_the_robots_gradients():
 def test_what_is_seen_can_be_learned():
     """The action is how bright the left half of the picture is: the numbers say nothing of it."""
     data = batch(0, 24, 3)
-    data.images[:] = torch.randint(
+    data.sights[:] = torch.randint(
         0, 256, (24, 3, 1, 1, 1), dtype=torch.uint8, generator=torch.Generator().manual_seed(9)
     )
-    data.images[..., SIZE // 2 :, :] = 0
-    actions = (data.images[..., :1, 0, 0] / 128.0 - 1).expand(-1, -1, 2).contiguous()
+    data.sights[..., SIZE // 2 :, :] = 0
+    actions = (data.sights[..., :1, 0, 0] / 128.0 - 1).expand(-1, -1, 2).contiguous()
     data = dataclasses.replace(data, actions=actions)
     learner = FleetLearner([make()], [data], ImitationConfig(steps=120, batch_size=12, learning_rate=1e-2))
     learner.train(120)
     policy = learner.stack.policies()[0]
     with torch.no_grad():
         seen = float(masked_mse(policy(*inputs(data))[0], actions, data.mask))
-        dark = float(masked_mse(policy(data.observations, torch.zeros_like(data.images))[0], actions, data.mask))
+        dark = float(masked_mse(policy(data.observations, torch.zeros_like(data.sights))[0], actions, data.mask))
     assert seen < 0.05 < 0.2 < dark
 
 
@@ -169,17 +169,17 @@ def test_demonstrations_keep_their_pictures_to_the_byte(tmp_path):
     rng = np.random.default_rng(0)
     episodes = [episode(rng, 4), episode(rng, 6)]
     Demonstrations(episodes).save(tmp_path / "seen")
-    loaded = ImageBatch.of(Demonstrations.load(tmp_path / "seen"))
-    assert loaded.images.shape == (2, 6, SIZE, SIZE, 3) and loaded.images.dtype == torch.uint8
+    loaded = SightBatch.of(Demonstrations.load(tmp_path / "seen"))
+    assert loaded.sights.shape == (2, 6, SIZE, SIZE, 3) and loaded.sights.dtype == torch.uint8
     for n, one in enumerate(episodes):
-        np.testing.assert_array_equal(loaded.images[n, : one.length], one.observations["pixels"][:-1])
+        np.testing.assert_array_equal(loaded.sights[n, : one.length], one.observations["pixels"][:-1])
         np.testing.assert_array_equal(
             loaded.observations[n, : one.length], one.observations["state"][:-1].astype(np.float32)
         )
-    assert not loaded.images[0, 4:].any() and loaded.mask.sum() == 10
-    joined = ImageBatch.concatenate([loaded, batch(0, 3, 7)])
-    assert joined.images.shape == (5, 7, SIZE, SIZE, 3)
-    assert torch.equal(joined.images[:2, :6], loaded.images) and torch.equal(joined.images[2:], batch(0, 3, 7).images)
+    assert not loaded.sights[0, 4:].any() and loaded.mask.sum() == 10
+    joined = SightBatch.concatenate([loaded, batch(0, 3, 7)])
+    assert joined.sights.shape == (5, 7, SIZE, SIZE, 3)
+    assert torch.equal(joined.sights[:2, :6], loaded.sights) and torch.equal(joined.sights[2:], batch(0, 3, 7).sights)
 
 
 def test_checkpoint_round_trip(tmp_path):
@@ -206,14 +206,14 @@ def test_bad_input(tmp_path):
     data = batch()
     blind = SequenceBatch(data.observations, data.actions, data.mask)
     with pytest.raises(
-        UserError, match=r"robot 0: demonstrations have pictures of shape None, its policy has image_size=22"
+        UserError, match=r"demonstrations have pictures .* of shape None, its policy takes \(22, 22, 3\)"
     ):
         FleetLearner([policy], [blind], CONFIG)
     with pytest.raises(UserError, match=r"pictures of shape \(22, 22, 3\), its policy has image_size=None"):
         FleetLearner([RecurrentPolicy(5, 2)], [data], CONFIG)
     with pytest.raises(UserError, match="different pictures"):
-        ImageBatch.concatenate([data, dataclasses.replace(data, images=data.images[:, :, 1:, 1:])])
+        SightBatch.concatenate([data, dataclasses.replace(data, sights=data.sights[:, :, 1:, 1:])])
     rng = np.random.default_rng(0)
     plain = dataclasses.replace(episode(rng, 4), observations=rng.normal(size=(5, 5)))
     with pytest.raises(UserError, match="a mapping of 'state' and 'pixels'"):
-        ImageBatch.of(Demonstrations([plain]))
+        SightBatch.of(Demonstrations([plain]))

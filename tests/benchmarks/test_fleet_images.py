@@ -61,7 +61,7 @@ def test_demonstrations_are_those_of_the_state_case_with_their_pictures(folder, 
 def test_what_a_policy_sees(folder):
     fleet = fleet_merge.Fleet(TINY, folder, 0)
     batch = fleet.data[1]
-    assert batch.images.shape[2:] == (20, 20, 3) and batch.images.dtype == torch.uint8
+    assert batch.sights.shape[2:] == (20, 20, 3) and batch.sights.dtype == torch.uint8
     assert batch.observations.shape[-1] == PROPRIOCEPTION + 2  # nothing of objects or goals
     assert batch.observations[..., PROPRIOCEPTION:][batch.mask].unique(dim=0).tolist() == [[0, 1]]
     assert len(fleet.statistics.mean) == PROPRIOCEPTION + 2
