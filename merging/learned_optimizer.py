@@ -1109,8 +1109,8 @@ def meta_train(
         diverging = diverging + 1 if info["resets"] == estimator.runs else 0
         if diverging == 20:
             raise UserError(
-                f"{task.name}: all {estimator.runs} {estimator.what} diverged in 20 meta-steps on end; begin with a smaller "
-                "alpha, or lower lr or sigma"
+                f"{task.name}: all {estimator.runs} {estimator.what} diverged in 20 meta-steps on end; begin with a "
+                "smaller alpha, or lower lr or sigma"
             )
         rows.append({**info, "norm": norm})
         done = step + 1

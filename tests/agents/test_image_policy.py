@@ -209,7 +209,7 @@ def test_bad_input(tmp_path):
         UserError, match=r"demonstrations have pictures .* of shape None, its policy takes \(22, 22, 3\)"
     ):
         FleetLearner([policy], [blind], CONFIG)
-    with pytest.raises(UserError, match=r"pictures of shape \(22, 22, 3\), its policy has image_size=None"):
+    with pytest.raises(UserError, match=r"of shape \(22, 22, 3\), its policy takes None"):
         FleetLearner([RecurrentPolicy(5, 2)], [data], CONFIG)
     with pytest.raises(UserError, match="different pictures"):
         SightBatch.concatenate([data, dataclasses.replace(data, sights=data.sights[:, :, 1:, 1:])])
