@@ -15,7 +15,7 @@ import tyro
 from gymnasium import spaces
 
 from fleetgym.agents.imitation import FleetLearner, ImitationConfig
-from fleetgym.agents.networks import META_WORLD_DIFFERENCES, RecurrentPolicy, features
+from fleetgym.agents.networks import FLEET_TOOLS_DIFFERENCES, META_WORLD_DIFFERENCES, RecurrentPolicy, features
 from fleetgym.core.checkpoint import Checkpoint
 from fleetgym.core.demonstrations import Demonstrations
 from fleetgym.core.errors import UserError
@@ -70,7 +70,7 @@ def train_bc(args: Args, run: Run) -> Checkpoint:
             raise UserError(f"bc learns vectors from vectors; these demonstrations have the {kind} space {space}")
     batch = demonstrations.padded()
     observation_size, action_size = batch.observations.shape[-1], batch.actions.shape[-1]
-    differences = META_WORLD_DIFFERENCES if _is_meta_world(demonstrations) else ()
+    differences = _differences(demonstrations)
     low, high = float(demonstrations.action_space.low.min()), float(demonstrations.action_space.high.max())
     policy = RecurrentPolicy(
         observation_size,
@@ -111,9 +111,11 @@ def train_bc(args: Args, run: Run) -> Checkpoint:
     return run.save_checkpoint("last", trained, info=info)
 
 
-def _is_meta_world(demonstrations: Demonstrations) -> bool:
-    parts = demonstrations.info["parts"]
-    return all(str(part.get("env_id", "")).startswith("MetaWorld/") for part in parts)
+def _differences(demonstrations: Demonstrations) -> tuple[tuple[int, int, int], ...]:
+    """Offsets that a policy also sees where the observation's layout is known."""
+    known = {"MetaWorld": META_WORLD_DIFFERENCES, "FleetTools": FLEET_TOOLS_DIFFERENCES}
+    homes = {str(part.get("env_id", "")).partition("/")[0] for part in demonstrations.info["parts"]}
+    return known.get(homes.pop(), ()) if len(homes) == 1 else ()
 
 
 def main(argv: Sequence[str]) -> int:
