@@ -31,6 +31,7 @@ MODULES: Registry[type[nn.Module]] = Registry("architecture", "fleetgym.architec
 """Architectures by the name that checkpoints carry; each is a class with ``architecture: str`` and ``config: dict``."""
 MODULES.register("image_policy", "fleetgym.agents.networks:ImagePolicy")
 MODULES.register("point_policy", "fleetgym.agents.networks:PointPolicy")
+MODULES.register("visual_policy", "fleetgym.agents.visual:VisualPolicy")
 MODULES.register("inr2array", "fleetgym.merging.inr2array:Inr2Array")
 MODULES.register("learned_optimizer", "fleetgym.merging.learned_optimizer:LearnedOptimizer")
 MODULES.register("mlp", "fleetgym.benchmarks.zoos.networks:MLP")
