@@ -77,7 +77,7 @@ TOOLS: dict[str, dict[str, tuple[float, float]]] = {
         "length": (0.075, 0.1),
         "wire": (0.0014, 0.002),
         "mass": (0.1, 0.2),
-        "friction": (0.15, 0.3),
+        "friction": (0.08, 0.2),
     },
 }
 OBJECTS: dict[str, dict[str, tuple[float, float]]] = {
@@ -124,7 +124,7 @@ OBJECTS: dict[str, dict[str, tuple[float, float]]] = {
         "height": (0.025, 0.04),
         "ball": (0.013, 0.016),
         "mass": (0.005, 0.015),
-        "friction": (0.15, 0.3),
+        "friction": (0.08, 0.2),
     },
 }
 #: What the numbers mean, for the documentation's tables.
@@ -404,11 +404,12 @@ def _scoop(made: Instance) -> tuple[str, dict[str, tuple[float, float, float]]]:
 
 
 #: Wires of a whisk; with so many, the gaps are narrower than the balls that it stirs.
-_WIRES = 6
+_WIRES = 8
 
 
 def _whisk(made: Instance) -> tuple[str, dict[str, tuple[float, float, float]]]:
-    # It hangs down from the front of the handle: a rod, and below it a bulb of wires, each of two straight parts.
+    # It hangs down from the front of the handle: a rod, and below it a bulb of wires, each of three straight parts. The
+    # middle part is upright, so that it pushes a ball ahead, and not onto the floor.
     x, bulb, wire, end = made.reach, made.bulb, made.wire, -made.length
     friction = (made.friction, 0.005, 0.0001)
     top = end + 3.2 * bulb
@@ -417,11 +418,12 @@ def _whisk(made: Instance) -> tuple[str, dict[str, tuple[float, float, float]]]:
     )
     for k in range(_WIRES):
         c, s = np.cos(2 * np.pi * k / _WIRES), np.sin(2 * np.pi * k / _WIRES)
-        points = [(share * (bulb - wire), height) for share, height in ((0.2, top), (1.0, end + bulb), (0.4, end + wire))]
-        for (r, z), (next_r, next_z) in zip(points, points[1:]):
+        points = [(0.2, top), (1.0, end + 1.8 * bulb), (1.0, end + 0.45 * bulb), (0.4, end + wire)]
+        for (share, z), (next_share, next_z) in zip(points, points[1:]):
+            r, next_r = share * (bulb - wire), next_share * (bulb - wire)
             ends = (x + r * c, r * s, z, x + next_r * c, next_r * s, next_z)
             shapes += geom(
-                "capsule", (wire,), fromto=ends, rgba=_STEEL, mass=0.2 * made.mass / (2 * _WIRES), friction=friction
+                "capsule", (wire,), fromto=ends, rgba=_STEEL, mass=0.2 * made.mass / (3 * _WIRES), friction=friction
             )
     return _handle(made, x, 0.65) + shapes, {"head": (x, 0, end), "tail": (x, 0, 0), "side": (-0.06, 0, 0)}
 
