@@ -108,10 +108,11 @@ def _hammer(env: Any) -> list[Keyframe]:
     frames = [Keyframe(0, place + 0.09 * UP, rotation, near=0.02)]
     frames += [Keyframe(1, place + 0.05 * UP, rotation, speed=0.03, near=0.004)]
     frames += [Keyframe(2, place + 0.003 * UP, rotation, speed=0.03, near=0.004)]
-    frames += [Keyframe(3, place - 0.03 * UP, rotation, speed=0.04, steps=8)]
+    # Not as far as the pin can go: against the end of its travel, the hand would press with all its force.
+    frames += [Keyframe(3, place - 0.018 * UP, rotation, speed=0.04, steps=8)]
     for _ in range(3):  # blows that follow, if the first was not enough
         frames += [Keyframe(1, place + 0.05 * UP, rotation, near=0.01)]
-        frames += [Keyframe(3, place - 0.04 * UP, rotation, speed=0.08, steps=8)]
+        frames += [Keyframe(3, place - 0.022 * UP, rotation, speed=0.08, steps=8)]
     return [*frames, Keyframe(3, place + 0.1 * UP, rotation)]
 
 

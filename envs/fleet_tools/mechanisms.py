@@ -95,7 +95,7 @@ class Nut(Mechanism):
     After ``FrankaDrakeWrenchEnv`` of fleet-tools; success there, too, is 0.4 radians.
     """
 
-    low, high = (0.52, -0.1, -0.5), (0.64, 0.1, 0.5)
+    low, high = (0.55, -0.1, -0.5), (0.67, 0.1, 0.5)
     pose_names = ("x", "y", "yaw")
     wanted = 0.4
 
