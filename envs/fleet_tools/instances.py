@@ -441,7 +441,9 @@ _SHAPES = {
 def _as_hammer(made: Instance) -> dict[str, tuple[float, float, float]]:
     """Where a tool that is no hammer strikes: a wrench with the bridge of its jaw, a spatula with its blade."""
     if made.kind == "wrench":
-        x, z = made.reach - 0.62 * made.jaw - made.prong / 2, made.height / 2
+        # With the bridge's rear and the shank: further in front, a wide head would meet the edges of the jaw's arms too,
+        # and be wedged between them.
+        x, z = made.reach - 0.62 * made.jaw - 0.017, max(made.height / 2, 0.6 * made.handle)
         return {"head": (x, 0, -z), "tail": (x, 0, z), "side": (-0.06, 0, -z)}
     x, z = made.reach - 0.4 * made.length, -made.drop
     return {"head": (x, 0, z - 0.0012), "tail": (x, 0, z + 0.02), "side": (made.reach - made.length, 0, z - 0.0012)}
