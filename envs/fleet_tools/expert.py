@@ -159,6 +159,9 @@ def _spatula(env: Any) -> list[Keyframe]:
     frames = [Keyframe(0, place + back + 0.07 * UP, rotation, near=0.02)]
     frames += [Keyframe(1, place + back, rotation, speed=0.03, near=0.004)]
     frames += [Keyframe(2, place, rotation, speed=0.025, near=0.005)]
+    # Out from under the stop, which the front edge would be caught by.
+    place = place - 0.016 * along
+    frames += [Keyframe(3, place, rotation, speed=0.02, near=0.004)]
     # Tilt back about the middle of the blade, so that the patty rests against the neck, and lift.
     centre = place + rotation @ (0.5 * (points["head"] + points["tail"]))
     lift = _level(yaw) @ rotation_matrix(np.array([0.0, -0.3, 0.0])) @ _level(-yaw) @ rotation
@@ -222,7 +225,10 @@ def _whisk(env: Any) -> list[Keyframe]:
     frames = [Keyframe(0, place + (made.height + 0.03) * UP, rotation, near=0.01)]
     frames += [Keyframe(1, place, rotation, speed=0.04, near=0.004)]
     # Out to the wall behind the ball, and around with it: the way that leaves it outside of the whisk's circle.
-    behind, radius = sim.direction - 1.0, min(made.radius - made.ball - 0.003, made.radius - sim.tool_instance.bulb - 0.002)
+    behind, radius = (
+        sim.direction - 1.0,
+        min(made.radius - made.ball - 0.003, made.radius - sim.tool_instance.bulb - 0.002),
+    )
     for angle in behind + np.arange(0.0, 6 * np.pi, 0.35):
         around = radius * np.array([np.cos(angle), np.sin(angle), 0.0])
         frames.append(Keyframe(3 if frames[-1].segment > 1 else 2, place + around, rotation, speed=0.025, near=0.008))

@@ -413,9 +413,7 @@ def _whisk(made: Instance) -> tuple[str, dict[str, tuple[float, float, float]]]:
     x, bulb, wire, end = made.reach, made.bulb, made.wire, -made.length
     friction = (made.friction, 0.005, 0.0001)
     top = end + 3.2 * bulb
-    shapes = geom(
-        "cylinder", (0.004, -top / 2), (x, 0, top / 2), rgba=_STEEL, mass=0.15 * made.mass, friction=friction
-    )
+    shapes = geom("cylinder", (0.004, -top / 2), (x, 0, top / 2), rgba=_STEEL, mass=0.15 * made.mass, friction=friction)
     for k in range(_WIRES):
         c, s = np.cos(2 * np.pi * k / _WIRES), np.sin(2 * np.pi * k / _WIRES)
         points = [(0.2, top), (1.0, end + 1.8 * bulb), (1.0, end + 0.45 * bulb), (0.4, end + wire)]
@@ -441,8 +439,8 @@ _SHAPES = {
 def _as_hammer(made: Instance) -> dict[str, tuple[float, float, float]]:
     """Where a tool that is no hammer strikes: a wrench with the bridge of its jaw, a spatula with its blade."""
     if made.kind == "wrench":
-        # With the bridge's rear and the shank: further in front, a wide head would meet the edges of the jaw's arms too,
-        # and be wedged between them.
+        # With the bridge's rear and the shank: further in front, a wide head would meet the edges of the jaw's arms
+        # too, and be wedged between them.
         x, z = made.reach - 0.62 * made.jaw - 0.017, max(made.height / 2, 0.6 * made.handle)
         return {"head": (x, 0, -z), "tail": (x, 0, z), "side": (-0.06, 0, -z)}
     x, z = made.reach - 0.4 * made.length, -made.drop
@@ -462,8 +460,8 @@ def tool_shapes(made: Instance, use: str) -> tuple[str, dict[str, np.ndarray]]:
     The keypoints are those that the expert's constraints speak of. Head: hammer, the middle of the striking face;
     wrench, the middle of the jaw; spatula and scoop, the middle of the front edge; knife, on the edge; whisk, its lower
     end. Tail: hammer, the back of the head; wrench, the end of the handle; spatula and scoop, the rear of the blade;
-    knife, on the spine above the head; whisk, where it hangs from the handle. Side: hammer, knife and whisk, towards the
-    end of the handle; wrench, spatula and scoop, sideways of the head.
+    knife, on the spine above the head; whisk, where it hangs from the handle. Side: hammer, knife and whisk, towards
+    the end of the handle; wrench, spatula and scoop, sideways of the head.
     """
     shapes, keypoints = _SHAPES[made.kind](made)
     if use == "hammer" and made.kind != "hammer":

@@ -103,7 +103,7 @@ class Nut(Mechanism):
         """See :class:`Mechanism`. A hexagon is the union of three boxes."""
         friction = (made.friction, 0.005, 0.0001)
         half, w = made.height / 2, made.size / 2
-        z = made.base + half + 0.006
+        z = made.base + half + 0.01
         base = geom("cylinder", (0.022, made.base / 2), (0, 0, made.base / 2), rgba="0.35 0.37 0.42 1", conaffinity=3)
         bolt = geom("cylinder", (0.0085, 0.03), (0, 0, z), rgba="0.75 0.75 0.8 1", contype=0, conaffinity=0)
         nut = "".join(
