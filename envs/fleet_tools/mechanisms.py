@@ -125,7 +125,9 @@ class Nut(Mechanism):
     def more_xml(self, made: Instance) -> str:
         """The thread: one turn is one pitch."""
         pitch = made.pitch / (2 * np.pi)
-        return f'<equality><joint joint1="thread" joint2="turn" polycoef="0 {pitch:.9g} 0 0 0"/></equality>'
+        # Stiff: with MuJoCo's own numbers, a wrench that leans on the nut pushes it a centimetre down its thread.
+        hard = 'solref="0.008 1" solimp="0.999 0.9999 0.001"'
+        return f'<equality><joint joint1="thread" joint2="turn" polycoef="0 {pitch:.9g} 0 0 0" {hard}/></equality>'
 
     def contact_xml(self) -> str:
         """The nut does not touch what its bolt stands on."""
