@@ -133,7 +133,9 @@ def _wrench(env: Any) -> list[Keyframe]:
     back = -0.075 * along
     frames = [Keyframe(0, place + back + 0.08 * UP, rotation, near=0.02)]
     frames += [Keyframe(1, place + back, rotation, speed=0.03, near=0.002)]
-    frames += [Keyframe(2, place, rotation, speed=0.02, near=0.003)]
+    # The jaw is a millimetre or two wider than the nut: once more in line, then slowly over it.
+    frames += [Keyframe(2, place - 0.032 * along, rotation, speed=0.03, near=0.0015, steps=6)]
+    frames += [Keyframe(2, place, rotation, speed=0.014, near=0.003)]
     arm = place - nut
     for turn in np.linspace(0.0, -0.95, 9)[1:]:
         around = _level(turn)

@@ -36,7 +36,7 @@ TOOLS: dict[str, dict[str, tuple[float, float]]] = {
     "wrench": {
         "reach": (0.13, 0.18),
         "handle": (0.008, 0.012),
-        "jaw": (0.0298, 0.0308),
+        "jaw": (0.0302, 0.0311),
         "prong": (0.008, 0.012),
         "height": (0.012, 0.018),
         "mass": (0.15, 0.35),
@@ -90,7 +90,7 @@ OBJECTS: dict[str, dict[str, tuple[float, float]]] = {
         "friction": (0.5, 1.0),
     },
     "nut": {
-        "size": (0.0278, 0.029),
+        "size": (0.0281, 0.0291),
         "height": (0.016, 0.024),
         "base": (0.05, 0.075),
         "grip": (0.2, 0.6),

@@ -157,8 +157,8 @@ def test_every_task_has_all_it_needs():
 
 def test_every_jaw_fits_every_nut():
     for wrench, nut in pairs("wrench", "nut"):
-        # Wider than the flats with at least half a millimetre to spare, and too narrow to turn around the corners.
-        assert nut.size + 5e-4 < wrench.jaw < nut.size / np.cos(np.pi / 6)
+        # Wider than the flats with at least a millimetre to spare, and too narrow to turn around the corners.
+        assert nut.size + 0.001 < wrench.jaw < nut.size / np.cos(np.pi / 6)
 
 
 def test_every_spatula_fits_every_patty():
