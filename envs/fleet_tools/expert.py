@@ -207,10 +207,10 @@ def _scoop(env: Any) -> list[Keyframe]:
     back = -(left + made.radius + 0.006) * along
     frames = [Keyframe(0, place + back + (made.height + 0.03) * UP, rotation, near=0.02)]
     frames += [Keyframe(1, place + back, rotation, speed=0.04, near=0.004)]
-    frames += [Keyframe(2, place, rotation, speed=0.025, near=0.004, steps=15)]
-    # Tilt back and rise with the front edge at the wall, so that the ball rolls to the rear; then more of both. To tilt
-    # further at once would bring the handle down onto the near wall.
-    for angle, height, way in ((0.25, 0.03, 0.0), (0.4, 0.09, 0.02)):
+    frames += [Keyframe(2, place, rotation, speed=0.02, near=0.004, steps=15)]
+    # Tilt back with the front edge below the top of the wall, which keeps the ball in, so that it rolls to the rear;
+    # then rise and tilt more. To tilt further at once would bring the handle down onto the near wall.
+    for angle, height, way in ((0.18, 0.012, 0.0), (0.25, 0.03, 0.0), (0.4, 0.09, 0.02)):
         tilted = _level(yaw) @ rotation_matrix(np.array([0.0, -angle, 0.0])) @ _level(-yaw) @ rotation
         raised = under - tilted @ points["head"] + height * UP - way * along
         frames.append(Keyframe(3, raised, tilted, speed=0.025, turn=0.1))
