@@ -113,6 +113,56 @@ def test_stirring_adds_up_the_angle_of_the_ball():
     assert mechanism.amount(env.sim) == pytest.approx(0.0, abs=1e-9)
 
 
+@pytest.mark.parametrize(
+    "task, arm, seed",
+    (
+        ("Hammer", "panda", 0),
+        ("Spatula", "panda", 179),  # was caught under the stop
+        ("Wrench", "panda", 30),  # met the nut's corner
+        ("WrenchForHammer", "hand", 82),  # the jaw's arms wedged the pin's head
+        ("Scoop", "panda", 10),
+        ("Whisk", "panda", 27),
+    ),
+)
+def test_nothing_is_done_by_brute_force(task, arm, seed):
+    env = FleetToolsEnv(task, arm=arm, tools="all", objects="all")
+    agent = expert(task)
+    agent.attach(env)
+    env.reset(seed=seed)
+    for step in range(60):
+        action, _ = agent.predict(None, None, np.array([step == 0]))
+        _, _, _, _, info = env.step(np.clip(action[0], -1, 1))
+        depth, force = env.contacts()
+        assert depth < DEEPEST and force < 300, (step, depth, force)
+        if task == "Wrench":  # the thread holds: a turn is a pitch
+            sim = env.sim
+            climbed = sim.object_instance.pitch * env.data.qpos[sim.turn] / (2 * np.pi)
+            assert abs(env.data.qpos[sim.thread] - climbed) < 0.002
+        if info["success"]:
+            break
+    assert info["success"]
+
+
+def test_a_ball_that_falls_into_the_scoop_gains_no_energy():
+    # A contact solver that stops before it has converged gives a ball that spins up to a joule a kilogram.
+    env = FleetToolsEnv("Scoop", arm="panda", tool=0, thing=0)
+    rng = np.random.default_rng(0)
+    for seed in range(30):
+        env.reset(seed=seed)
+        sim, radius, q = env.sim, env.sim.object_instance.radius, env.sim.free[0]
+        place = 0.5 * (sim.keypoints["head"] + sim.keypoints["tail"])
+        env.data.qpos[q : q + 3] = sim.tool_place + sim.tool_rotation @ place + [0, 0, radius + 0.02]
+        env.data.qvel[-6:] = [*rng.uniform(-0.3, 0.3, 2), -0.2, *rng.uniform(-20, 20, 3)]
+        before = np.inf
+        for _ in range(6):
+            env.step(np.zeros(6))
+            v = env.data.qvel[-6:]
+            energy = 0.5 * (v[:3] ** 2).sum() + 0.2 * radius**2 * (v[3:] ** 2).sum() + 9.81 * env.data.qpos[q + 2]
+            # Soft contacts lift it back by a tenth of a millimetre.
+            assert energy < before + 0.01
+            before = energy
+
+
 def test_what_is_observed_of_tray_and_bowl():
     env = FleetToolsEnv("Scoop", arm="hand", thing=2)
     observation, info = env.reset(seed=5)
