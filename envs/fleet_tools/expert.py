@@ -17,7 +17,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from scipy.optimize import least_squares
 
 from fleetgym.core.errors import UserError
 from fleetgym.envs.fleet_tools.names import check_task
@@ -72,6 +71,8 @@ def solve_pose(
     Raises:
         UserError: The constraints contradict one another: what is left is above a hundredth.
     """
+    from scipy.optimize import least_squares
+
     units = []
     for first, second, direction, product, weight in axes:
         difference = keypoints[second] - keypoints[first]
