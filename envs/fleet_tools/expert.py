@@ -17,7 +17,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from scipy.optimize import least_squares
 
 from fleetgym.core.errors import UserError
 from fleetgym.envs.fleet_tools.names import check_task
@@ -72,6 +71,8 @@ def solve_pose(
     Raises:
         UserError: The constraints contradict one another: what is left is above a hundredth.
     """
+    from scipy.optimize import least_squares
+
     units = []
     for first, second, direction, product, weight in axes:
         difference = keypoints[second] - keypoints[first]
@@ -108,10 +109,11 @@ def _hammer(env: Any) -> list[Keyframe]:
     frames = [Keyframe(0, place + 0.09 * UP, rotation, near=0.02)]
     frames += [Keyframe(1, place + 0.05 * UP, rotation, speed=0.03, near=0.004)]
     frames += [Keyframe(2, place + 0.003 * UP, rotation, speed=0.03, near=0.004)]
-    frames += [Keyframe(3, place - 0.03 * UP, rotation, speed=0.04, steps=8)]
+    # Not as far as the pin can go: against the end of its travel, the hand would press with all its force.
+    frames += [Keyframe(3, place - 0.018 * UP, rotation, speed=0.04, steps=8)]
     for _ in range(3):  # blows that follow, if the first was not enough
         frames += [Keyframe(1, place + 0.05 * UP, rotation, near=0.01)]
-        frames += [Keyframe(3, place - 0.04 * UP, rotation, speed=0.08, steps=8)]
+        frames += [Keyframe(3, place - 0.022 * UP, rotation, speed=0.08, steps=8)]
     return [*frames, Keyframe(3, place + 0.1 * UP, rotation)]
 
 
@@ -132,7 +134,9 @@ def _wrench(env: Any) -> list[Keyframe]:
     back = -0.075 * along
     frames = [Keyframe(0, place + back + 0.08 * UP, rotation, near=0.02)]
     frames += [Keyframe(1, place + back, rotation, speed=0.03, near=0.002)]
-    frames += [Keyframe(2, place, rotation, speed=0.02, near=0.003)]
+    # The jaw is a millimetre or two wider than the nut: once more in line, then slowly over it.
+    frames += [Keyframe(2, place - 0.032 * along, rotation, speed=0.03, near=0.0015, steps=6)]
+    frames += [Keyframe(2, place, rotation, speed=0.014, near=0.003)]
     arm = place - nut
     for turn in np.linspace(0.0, -0.95, 9)[1:]:
         around = _level(turn)
@@ -158,6 +162,9 @@ def _spatula(env: Any) -> list[Keyframe]:
     frames = [Keyframe(0, place + back + 0.07 * UP, rotation, near=0.02)]
     frames += [Keyframe(1, place + back, rotation, speed=0.03, near=0.004)]
     frames += [Keyframe(2, place, rotation, speed=0.025, near=0.005)]
+    # Out from under the stop, which the front edge would be caught by.
+    place = place - 0.016 * along
+    frames += [Keyframe(3, place, rotation, speed=0.02, near=0.004)]
     # Tilt back about the middle of the blade, so that the patty rests against the neck, and lift.
     centre = place + rotation @ (0.5 * (points["head"] + points["tail"]))
     lift = _level(yaw) @ rotation_matrix(np.array([0.0, -0.3, 0.0])) @ _level(-yaw) @ rotation
@@ -182,7 +189,56 @@ def _knife(env: Any) -> list[Keyframe]:
     return [*frames, Keyframe(3, place + 0.13 * apart, rotation, speed=0.02, steps=60)]
 
 
-PLANS = {"pin": _hammer, "nut": _wrench, "patty": _spatula, "pieces": _knife}
+def _scoop(env: Any) -> list[Keyframe]:
+    sim, points = env.sim, env.sim.keypoints
+    made, yaw = sim.object_instance, sim.first
+    along = np.array([np.cos(yaw), np.sin(yaw), 0.0])
+    # Where the ball would touch the far wall, on the tray's floor.
+    left = (sim.wall - sim.keypoint[:2]) @ along[:2]
+    ball = np.array([*sim.keypoint[:2], 0.0])
+    floor = 2 * sim.mechanism.thin * UP
+    tilt = 0.1
+    axes = [
+        ("tail", "head", UP, -tilt, 1.0),
+        ("head", "side", UP, 0.0, 1.0),
+        ("tail", "head", np.cross(UP, along), 0.0, 1.0),
+    ]
+    under = ball + (left - 0.003) * along + floor + 0.0005 * UP
+    place, rotation = solve_pose(points, under, axes, _level(yaw))
+    back = -(left + made.radius + 0.006) * along
+    frames = [Keyframe(0, place + back + (made.height + 0.03) * UP, rotation, near=0.02)]
+    frames += [Keyframe(1, place + back, rotation, speed=0.04, near=0.004)]
+    frames += [Keyframe(2, place, rotation, speed=0.02, near=0.004, steps=15)]
+    # Tilt back with the front edge below the top of the wall, which keeps the ball in, so that it rolls to the rear;
+    # then rise and tilt more. To tilt further at once would bring the handle down onto the near wall.
+    for angle, height, way in ((0.18, 0.012, 0.0), (0.25, 0.03, 0.0), (0.4, 0.09, 0.02)):
+        tilted = _level(yaw) @ rotation_matrix(np.array([0.0, -angle, 0.0])) @ _level(-yaw) @ rotation
+        raised = under - tilted @ points["head"] + height * UP - way * along
+        frames.append(Keyframe(3, raised, tilted, speed=0.025, turn=0.1))
+    return frames
+
+
+def _whisk(env: Any) -> list[Keyframe]:
+    sim, points = env.sim, env.sim.keypoints
+    made, middle = sim.object_instance, sim.middle + 0.003 * UP
+    yaw = np.arctan2(middle[1], middle[0])
+    outward = np.array([np.cos(yaw), np.sin(yaw), 0.0])
+    axes = [("head", "tail", UP, 1.0, 1.0), ("side", "tail", np.cross(UP, outward), 0.0, 1.0)]
+    place, rotation = solve_pose(points, middle, axes, _level(yaw))
+    frames = [Keyframe(0, place + (made.height + 0.03) * UP, rotation, near=0.01)]
+    frames += [Keyframe(1, place, rotation, speed=0.04, near=0.004)]
+    # Out to the wall behind the ball, and around with it: the way that leaves it outside of the whisk's circle.
+    behind, radius = (
+        sim.direction - 1.0,
+        min(made.radius - made.ball - 0.003, made.radius - sim.tool_instance.bulb - 0.002),
+    )
+    for angle in behind + np.arange(0.0, 6 * np.pi, 0.35):
+        around = radius * np.array([np.cos(angle), np.sin(angle), 0.0])
+        frames.append(Keyframe(3 if frames[-1].segment > 1 else 2, place + around, rotation, speed=0.025, near=0.008))
+    return frames
+
+
+PLANS = {"pin": _hammer, "nut": _wrench, "patty": _spatula, "pieces": _knife, "bin": _scoop, "bowl": _whisk}
 
 
 class Expert:

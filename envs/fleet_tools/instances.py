@@ -36,7 +36,7 @@ TOOLS: dict[str, dict[str, tuple[float, float]]] = {
     "wrench": {
         "reach": (0.13, 0.18),
         "handle": (0.008, 0.012),
-        "jaw": (0.0298, 0.0308),
+        "jaw": (0.0302, 0.0311),
         "prong": (0.008, 0.012),
         "height": (0.012, 0.018),
         "mass": (0.15, 0.35),
@@ -60,6 +60,25 @@ TOOLS: dict[str, dict[str, tuple[float, float]]] = {
         "mass": (0.1, 0.25),
         "friction": (0.2, 0.5),
     },
+    "scoop": {
+        "reach": (0.14, 0.18),
+        "handle": (0.008, 0.012),
+        "width": (0.048, 0.06),
+        "length": (0.055, 0.07),
+        "depth": (0.014, 0.02),
+        "drop": (0.06, 0.075),
+        "mass": (0.12, 0.25),
+        "friction": (0.2, 0.4),
+    },
+    "whisk": {
+        "reach": (0.1, 0.15),
+        "handle": (0.008, 0.012),
+        "bulb": (0.012, 0.015),
+        "length": (0.075, 0.1),
+        "wire": (0.0014, 0.002),
+        "mass": (0.1, 0.2),
+        "friction": (0.08, 0.2),
+    },
 }
 OBJECTS: dict[str, dict[str, tuple[float, float]]] = {
     "pin": {
@@ -71,7 +90,7 @@ OBJECTS: dict[str, dict[str, tuple[float, float]]] = {
         "friction": (0.5, 1.0),
     },
     "nut": {
-        "size": (0.0278, 0.029),
+        "size": (0.0281, 0.0291),
         "height": (0.016, 0.024),
         "base": (0.05, 0.075),
         "grip": (0.2, 0.6),
@@ -92,6 +111,21 @@ OBJECTS: dict[str, dict[str, tuple[float, float]]] = {
         "mass": (0.05, 0.15),
         "friction": (0.3, 0.6),
     },
+    "bin": {
+        "radius": (0.012, 0.018),
+        "mass": (0.01, 0.03),
+        "friction": (0.3, 0.6),
+        "width": (0.13, 0.16),
+        "length": (0.17, 0.2),
+        "height": (0.02, 0.03),
+    },
+    "bowl": {
+        "radius": (0.06, 0.075),
+        "height": (0.025, 0.04),
+        "ball": (0.013, 0.016),
+        "mass": (0.005, 0.015),
+        "friction": (0.08, 0.2),
+    },
 }
 #: What the numbers mean, for the documentation's tables.
 MEANING: Mapping[str, str] = {
@@ -102,8 +136,12 @@ MEANING: Mapping[str, str] = {
     "peen": "shape of the back of the head: below 1/3 a ball, below 2/3 a wedge, else flat",
     "jaw": "opening of the jaw, m",
     "prong": "thickness of the jaw's arms, m",
-    "width": "width of the blade, m",
-    "length": "length of the blade, m",
+    "width": "width of the blade, or of the tray, m",
+    "length": "length of the blade, of the tray, or of the whisk below its handle, m",
+    "depth": "height of the scoop's walls, m",
+    "bulb": "radius of the whisk's bulb, m",
+    "wire": "radius of the whisk's wires, m",
+    "ball": "radius of the ball, m",
     "drop": "from the handle down to the blade, m",
     "thickness": "thickness of the blade, m",
     "height": "height, m",
@@ -191,7 +229,7 @@ def thing(kind: str, index: int) -> Instance:
 
 def geom(kind: str, size: tuple[float, ...], pos: tuple[float, ...] = (0, 0, 0), **attributes: object) -> str:
     """MJCF of one shape; attributes such as ``rgba``, ``mass``, ``euler`` (radians), ``friction``."""
-    values = {"type": kind, "size": size, "pos": pos, **attributes}
+    values = {"type": kind, "size": size, **({} if "fromto" in attributes else {"pos": pos}), **attributes}
     return "<geom " + " ".join(f'{key}="{_text(value)}"' for key, value in values.items()) + "/>"
 
 
@@ -324,13 +362,86 @@ def _knife(made: Instance) -> tuple[str, dict[str, tuple[float, float, float]]]:
     }
 
 
-_SHAPES = {"hammer": _hammer, "wrench": _wrench, "spatula": _spatula, "knife": _knife}
+def _scoop(made: Instance) -> tuple[str, dict[str, tuple[float, float, float]]]:
+    # A shovel: its floor lies level, below the handle, with walls behind and at both sides, open at the front. The neck
+    # is upright, so that it passes behind the scoop's back over the wall of a tray.
+    rear, drop, across = made.reach - made.length, made.drop, made.width / 2
+    thin, tall = 0.0012, made.depth / 2
+    friction = (made.friction, 0.005, 0.0001)
+    share, middle = made.mass / 10, rear + made.length / 2
+    shapes = geom(
+        "box",
+        (0.4 * made.handle, 0.5 * made.handle, drop / 2),
+        (rear - thin, 0, -drop / 2),
+        rgba=_STEEL,
+        mass=2 * share,
+        friction=friction,
+    )
+    shapes += geom(
+        "box",
+        (made.length / 2, across, thin),
+        (middle, 0, -drop),
+        rgba=_STEEL,
+        mass=share,
+        friction=friction,
+        priority=1,
+    )
+    shapes += geom(
+        "box", (thin, across, tall), (rear + thin, 0, -drop + tall), rgba=_STEEL, mass=0.5 * share, friction=friction
+    )
+    for side in (-1, 1):
+        shapes += geom(
+            "box",
+            (made.length / 2, thin, tall),
+            (middle, side * (across + thin), -drop + tall),
+            rgba=_STEEL,
+            mass=0.5 * share,
+            friction=friction,
+        )
+    keypoints = {"head": (made.reach, 0, -drop - thin), "tail": (rear, 0, -drop - thin)}
+    keypoints["side"] = (made.reach, across, -drop - thin)
+    return _handle(made, rear, 0.55) + shapes, keypoints
+
+
+#: Wires of a whisk; with so many, the gaps are narrower than the balls that it stirs.
+_WIRES = 8
+
+
+def _whisk(made: Instance) -> tuple[str, dict[str, tuple[float, float, float]]]:
+    # It hangs down from the front of the handle: a rod, and below it a bulb of wires, each of three straight parts. The
+    # middle part is upright, so that it pushes a ball ahead, and not onto the floor.
+    x, bulb, wire, end = made.reach, made.bulb, made.wire, -made.length
+    friction = (made.friction, 0.005, 0.0001)
+    top = end + 3.2 * bulb
+    shapes = geom("cylinder", (0.004, -top / 2), (x, 0, top / 2), rgba=_STEEL, mass=0.15 * made.mass, friction=friction)
+    for k in range(_WIRES):
+        c, s = np.cos(2 * np.pi * k / _WIRES), np.sin(2 * np.pi * k / _WIRES)
+        points = [(0.2, top), (1.0, end + 1.8 * bulb), (1.0, end + 0.45 * bulb), (0.4, end + wire)]
+        for (share, z), (next_share, next_z) in zip(points, points[1:]):
+            r, next_r = share * (bulb - wire), next_share * (bulb - wire)
+            ends = (x + r * c, r * s, z, x + next_r * c, next_r * s, next_z)
+            shapes += geom(
+                "capsule", (wire,), fromto=ends, rgba=_STEEL, mass=0.2 * made.mass / (3 * _WIRES), friction=friction
+            )
+    return _handle(made, x, 0.65) + shapes, {"head": (x, 0, end), "tail": (x, 0, 0), "side": (-0.06, 0, 0)}
+
+
+_SHAPES = {
+    "hammer": _hammer,
+    "wrench": _wrench,
+    "spatula": _spatula,
+    "knife": _knife,
+    "scoop": _scoop,
+    "whisk": _whisk,
+}
 
 
 def _as_hammer(made: Instance) -> dict[str, tuple[float, float, float]]:
     """Where a tool that is no hammer strikes: a wrench with the bridge of its jaw, a spatula with its blade."""
     if made.kind == "wrench":
-        x, z = made.reach - 0.62 * made.jaw - made.prong / 2, made.height / 2
+        # With the bridge's rear and the shank: further in front, a wide head would meet the edges of the jaw's arms
+        # too, and be wedged between them.
+        x, z = made.reach - 0.62 * made.jaw - 0.017, max(made.height / 2, 0.6 * made.handle)
         return {"head": (x, 0, -z), "tail": (x, 0, z), "side": (-0.06, 0, -z)}
     x, z = made.reach - 0.4 * made.length, -made.drop
     return {"head": (x, 0, z - 0.0012), "tail": (x, 0, z + 0.02), "side": (made.reach - made.length, 0, z - 0.0012)}
@@ -347,9 +458,10 @@ def tool_shapes(made: Instance, use: str) -> tuple[str, dict[str, np.ndarray]]:
         Shapes and keypoints.
 
     The keypoints are those that the expert's constraints speak of. Head: hammer, the middle of the striking face;
-    wrench, the middle of the jaw; spatula, the middle of the front edge; knife, on the edge. Tail: hammer, the back of
-    the head; wrench, the end of the handle; spatula, the rear of the blade; knife, on the spine above the head. Side:
-    hammer and knife, towards the end of the handle; wrench and spatula, sideways of the head.
+    wrench, the middle of the jaw; spatula and scoop, the middle of the front edge; knife, on the edge; whisk, its lower
+    end. Tail: hammer, the back of the head; wrench, the end of the handle; spatula and scoop, the rear of the blade;
+    knife, on the spine above the head; whisk, where it hangs from the handle. Side: hammer, knife and whisk, towards
+    the end of the handle; wrench, spatula and scoop, sideways of the head.
     """
     shapes, keypoints = _SHAPES[made.kind](made)
     if use == "hammer" and made.kind != "hammer":

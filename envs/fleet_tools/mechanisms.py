@@ -1,4 +1,4 @@
-"""What stands on the table: a pin in a block, a nut on a bolt, a patty before a stop, two pieces.
+"""What stands on the table: a pin in a block, a nut on a bolt, a patty before a stop, pieces, a tray, a bowl.
 
 A mechanism says how it looks, where it may be placed, what is observed of it, and how far a task on it has come. All of
 it is moved by contact alone: there are no welds between tool and object, and nothing is set after an episode's reset.
@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from fleetgym.envs.fleet_tools.instances import Instance, geom
+from fleetgym.envs.fleet_tools.instances import TOOLS, Instance, geom
 
 
 def _yaw(angle: float) -> np.ndarray:
@@ -95,7 +95,7 @@ class Nut(Mechanism):
     After ``FrankaDrakeWrenchEnv`` of fleet-tools; success there, too, is 0.4 radians.
     """
 
-    low, high = (0.52, -0.1, -0.5), (0.64, 0.1, 0.5)
+    low, high = (0.55, -0.1, -0.5), (0.67, 0.1, 0.5)
     pose_names = ("x", "y", "yaw")
     wanted = 0.4
 
@@ -103,7 +103,7 @@ class Nut(Mechanism):
         """See :class:`Mechanism`. A hexagon is the union of three boxes."""
         friction = (made.friction, 0.005, 0.0001)
         half, w = made.height / 2, made.size / 2
-        z = made.base + half + 0.006
+        z = made.base + half + 0.01
         base = geom("cylinder", (0.022, made.base / 2), (0, 0, made.base / 2), rgba="0.35 0.37 0.42 1", conaffinity=3)
         bolt = geom("cylinder", (0.0085, 0.03), (0, 0, z), rgba="0.75 0.75 0.8 1", contype=0, conaffinity=0)
         nut = "".join(
@@ -125,7 +125,9 @@ class Nut(Mechanism):
     def more_xml(self, made: Instance) -> str:
         """The thread: one turn is one pitch."""
         pitch = made.pitch / (2 * np.pi)
-        return f'<equality><joint joint1="thread" joint2="turn" polycoef="0 {pitch:.9g} 0 0 0"/></equality>'
+        # Stiff: with MuJoCo's own numbers, a wrench that leans on the nut pushes it a centimetre down its thread.
+        hard = 'solref="0.008 1" solimp="0.999 0.9999 0.001"'
+        return f'<equality><joint joint1="thread" joint2="turn" polycoef="0 {pitch:.9g} 0 0 0" {hard}/></equality>'
 
     def contact_xml(self) -> str:
         """The nut does not touch what its bolt stands on."""
@@ -236,8 +238,139 @@ class Pieces(Mechanism):
         return float(np.hypot(sim.keypoint[0] - sim.second[0], sim.keypoint[1] - sim.second[1])) - sim.first
 
 
+def _ball(made: Instance, radius: float, colour: str) -> str:
+    """A free ball. Rolling friction of half a millimetre lets it come to rest within seconds."""
+    shape = geom(
+        "sphere", (radius,), rgba=colour, mass=made.mass, friction=(made.friction, 0.005, 0.0005), condim=6
+    )  # fmt: skip
+    site = '<site name="keypoint" size="0.002" rgba="0 0 0 0"/>'
+    return f'<body name="object" pos="0.55 0 {radius}"><freejoint name="object"/>{shape}{site}</body>'
+
+
+class Tray(Mechanism):
+    """A ball in an open tray, which is fixed to the table.
+
+    Success is a ball that the scoop carries, 5 cm above the table: it must lie in the scoop, so that to throw it, or to
+    squeeze it against a wall, is not enough.
+    """
+
+    low, high = (0.54, -0.1, -0.3, -0.02, 0.0), (0.62, 0.1, 0.3, 0.02, 0.04)
+    pose_names = ("x", "y", "yaw", "the ball sideways", "the ball from the far wall")
+    wanted = 0.05
+    #: Half the thickness of floor and walls, metres.
+    thin = 0.002
+
+    def xml(self, made: Instance) -> str:
+        """See :class:`Mechanism`."""
+        thin, x, y, tall = self.thin, made.length / 2, made.width / 2, made.height / 2
+        look = {"rgba": "0.3 0.45 0.55 1", "conaffinity": 3, "friction": (made.friction, 0.005, 0.0001)}
+        tray = geom("box", (x + 2 * thin, y + 2 * thin, thin), (0, 0, thin), **look)
+        for side in (-1, 1):
+            tray += geom("box", (thin, y + 2 * thin, tall), (side * (x + thin), 0, 2 * thin + tall), **look)
+            tray += geom("box", (x, thin, tall), (0, side * (y + thin), 2 * thin + tall), **look)
+        return f'{_ball(made, made.radius, "0.95 0.55 0.15 1")}<body name="vessel">{tray}</body>'
+
+    def place(self, sim: Any, pose: np.ndarray) -> None:
+        """Puts the tray's middle at (x, y), turned by ``yaw``, and the ball near to its far wall."""
+        made = sim.object_instance
+        sim.model.body_pos[sim.vessel][:2] = pose[:2]
+        sim.model.body_quat[sim.vessel] = _yaw(pose[2])
+        c, s = np.cos(pose[2]), np.sin(pose[2])
+        along, across = made.length / 2 - made.radius - 0.003 - pose[4], pose[3]
+        q = sim.free[0]
+        sim.data.qpos[q : q + 3] = (
+            pose[0] + c * along - s * across, pose[1] + s * along + c * across, 2 * self.thin + made.radius,
+        )  # fmt: skip
+        sim.data.qpos[q + 3 : q + 7] = _yaw(pose[2])
+        sim.first = float(pose[2])
+        #: The foot of the far wall, in the middle.
+        sim.wall = np.array([pose[0] + c * made.length / 2, pose[1] + s * made.length / 2])
+
+    def state(self, sim: Any, out: np.ndarray) -> None:
+        """Writes where the ball is, x and y of the middle of the tray's far wall, and the tray's yaw."""
+        out[:3] = sim.keypoint
+        out[3:5] = sim.wall
+        out[5] = sim.first
+
+    def amount(self, sim: Any) -> float:
+        """Height of the ball's middle above the table, metres, while the scoop carries it; else 0."""
+        x, y, z = (sim.tool_rotation.T @ (sim.keypoint - sim.tool_place)).tolist()
+        points = sim.keypoints
+        rear, front = points["tail"][0], points["head"][0]
+        above = z - points["head"][2]
+        carried = rear < x < front and abs(y) < points["side"][1] and 0 < above < 2 * sim.object_instance.radius
+        return float(sim.keypoint[2]) if carried else 0.0
+
+
+class Bowl(Mechanism):
+    """A ball in a round bowl, which is fixed to the table; it is to be stirred.
+
+    Success is one turn around the bowl's middle, either way.
+    """
+
+    low, high = (0.5, -0.1, -np.pi, 0.0), (0.6, 0.1, np.pi, 1.0)
+    pose_names = ("x", "y", "the ball's direction", "the ball's share of the way to the wall")
+    wanted = 2 * np.pi
+    #: Half the thickness of floor and walls, metres, and the number of straight walls.
+    thin, walls = 0.002, 12
+
+    def xml(self, made: Instance) -> str:
+        """See :class:`Mechanism`. The bowl is a ring of boxes on a round floor."""
+        thin, tall, r = self.thin, made.height / 2, made.radius
+        look = {"rgba": "0.88 0.88 0.84 1", "conaffinity": 3, "friction": (made.friction, 0.005, 0.0001)}
+        bowl = geom("cylinder", (r + 2 * thin, thin), (0, 0, thin), **look)
+        for k in range(self.walls):
+            angle = 2 * np.pi * k / self.walls
+            place = ((r + thin) * np.cos(angle), (r + thin) * np.sin(angle), 2 * thin + tall)
+            half = (r + 2 * thin) * np.tan(np.pi / self.walls)
+            bowl += geom("box", (thin, half, tall), place, euler=(0, 0, angle), **look)
+        return f'{_ball(made, made.ball, "0.85 0.2 0.15 1")}<body name="vessel">{bowl}</body>'
+
+    def place(self, sim: Any, pose: np.ndarray) -> None:
+        """Puts the bowl's middle at (x, y), and the ball in it; its middle stays free, for a whisk to come down."""
+        made = sim.object_instance
+        sim.model.body_pos[sim.vessel][:2] = pose[:2]
+        nearest = made.ball + TOOLS["whisk"]["bulb"][1] + 0.006
+        farthest = made.radius - made.ball - 0.001
+        far = nearest + (farthest - nearest) * pose[3]
+        q = sim.free[0]
+        sim.data.qpos[q : q + 3] = (
+            pose[0] + far * np.cos(pose[2]), pose[1] + far * np.sin(pose[2]), 2 * self.thin + made.ball,
+        )  # fmt: skip
+        sim.data.qpos[q + 3 : q + 7] = (1, 0, 0, 0)
+        sim.middle = np.array([pose[0], pose[1], 2 * self.thin])
+        #: The ball's direction, as it was last seen, and how far it has come around since the reset, radians.
+        sim.direction, sim.stirred = float(pose[2]), 0.0
+
+    def state(self, sim: Any, out: np.ndarray) -> None:
+        """Writes where the ball is, and the middle of the bowl's floor."""
+        out[:3] = sim.keypoint
+        out[3:] = sim.middle
+
+    def amount(self, sim: Any) -> float:
+        """How far the ball has come around the bowl's middle since the reset, radians; either way is positive.
+
+        To be called once a control step at least, as it adds up; more calls change nothing. Only what happens within
+        the bowl counts.
+        """
+        x, y, z = (sim.keypoint - sim.middle).tolist()
+        made = sim.object_instance
+        if z < made.height and x * x + y * y < 1.1 * made.radius**2:
+            direction = float(np.arctan2(y, x))
+            sim.stirred += (direction - sim.direction + np.pi) % (2 * np.pi) - np.pi
+            sim.direction = direction
+        return abs(sim.stirred)
+
+
 #: Class of objects -> its mechanism.
-MECHANISMS: dict[str, Any] = {"pin": Pin(), "nut": Nut(), "patty": Patty(), "pieces": Pieces()}
+MECHANISMS: dict[str, Any] = {
+    "pin": Pin(),
+    "nut": Nut(),
+    "patty": Patty(),
+    "pieces": Pieces(),
+    "bin": Tray(),
+    "bowl": Bowl(),
+}
 #: Task -> class of tool, class of object.
 ROLES: dict[str, tuple[str, str]] = {
     "Hammer": ("hammer", "pin"),
@@ -246,6 +379,15 @@ ROLES: dict[str, tuple[str, str]] = {
     "Knife": ("knife", "pieces"),
     "WrenchForHammer": ("wrench", "pin"),
     "SpatulaForHammer": ("spatula", "pin"),
+    "Scoop": ("scoop", "bin"),
+    "Whisk": ("whisk", "bowl"),
 }
 #: Class of objects -> the class of tools that is meant for it.
-USE: dict[str, str] = {"pin": "hammer", "nut": "wrench", "patty": "spatula", "pieces": "knife"}
+USE: dict[str, str] = {
+    "pin": "hammer",
+    "nut": "wrench",
+    "patty": "spatula",
+    "pieces": "knife",
+    "bin": "scoop",
+    "bowl": "whisk",
+}

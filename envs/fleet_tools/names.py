@@ -18,6 +18,8 @@ INSTRUCTIONS: dict[str, str] = {
     "Knife": "Push the two pieces apart with the knife.",
     "WrenchForHammer": "Drive the pin into its block with the wrench.",
     "SpatulaForHammer": "Drive the pin into its block with the spatula.",
+    "Scoop": "Take the ball out of the tray with the scoop.",
+    "Whisk": "Stir the ball once around the bowl with the whisk.",
 }
 TASKS: tuple[str, ...] = tuple(INSTRUCTIONS)
 #: Arms: the whole Panda, or its hand alone, moved by a weld to a mocap body.
@@ -26,6 +28,7 @@ ARMS = ("panda", "hand")
 SPLITS: dict[str, tuple[str, ...]] = {
     "tools": ("Hammer", "Wrench", "Spatula", "Knife"),
     "cross": ("WrenchForHammer", "SpatulaForHammer"),
+    "kitchen": ("Scoop", "Whisk"),
     "all": TASKS,
 }
 

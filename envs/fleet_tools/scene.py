@@ -25,7 +25,7 @@ TIMESTEP = 0.004
 
 _HEADER = """
 <option timestep="{timestep}" integrator="implicitfast" cone="elliptic" impratio="10" iterations="20"
-  ls_iterations="20" tolerance="1e-8">
+  ls_iterations="50" tolerance="1e-8">
   <flag eulerdamp="disable"/>
 </option>
 <compiler angle="radian" autolimits="true" boundmass="1e-4" boundinertia="1e-7"/>

@@ -29,7 +29,7 @@ import numpy as np  # noqa: E402
 PIECES = 4
 #: What domain randomisation scales, besides the servos' stiffness.
 _RANDOMISED = ("geom_friction", "body_mass", "dof_frictionloss")
-_BODIES = ("hand", "tool", "object", "pin", "nut", "stop", "other")
+_BODIES = ("hand", "tool", "object", "pin", "nut", "stop", "other", "vessel")
 _JOINTS = ("slide", "turn", "thread")
 
 
