@@ -14,6 +14,7 @@ from fleetgym.core.errors import UserError, unknown
 from fleetgym.envs.fleet_tools import instances
 from fleetgym.envs.fleet_tools.mechanisms import MECHANISMS, ROLES
 from fleetgym.envs.fleet_tools.names import ARMS, CONTROL_STEP, HORIZON, check_task, resolve_task_set
+from fleetgym.envs.fleet_tools.observe import Observer, place_cameras, resolve_kinds
 from fleetgym.envs.fleet_tools.panda import READY, TCP, inverse, rotation_matrix, rotation_vector
 from fleetgym.envs.fleet_tools.scene import DOWN, START, TIMESTEP
 from fleetgym.envs.fleet_tools.simulation import Contacts, Simulation
@@ -154,6 +155,9 @@ class FleetToolsEnv(gym.Env):
         goals: str = "all",
         control: str = "cartesian",
         task_set: str | Sequence[str] | None = None,
+        observation: str | Sequence[str] = "state",
+        points_from: str = "mesh",
+        image_size: int = 84,
         randomise: float = 0.0,
         horizon: int = HORIZON,
         terminate_on_success: bool = False,
@@ -197,6 +201,14 @@ class FleetToolsEnv(gym.Env):
         self.task_set = None if task_set is None else resolve_task_set(task_set)
         if self.task_set is not None and task not in self.task_set:
             raise UserError(f"task {task!r} is not in the task set {self.task_set}; add it, or choose another set")
+        one_hot_size = 0 if self.task_set is None else len(self.task_set)
+        self.observation = kinds = resolve_kinds(observation)
+        with_state = "state" in kinds
+        self._observer = Observer(
+            kinds, points_from, image_size, STATE_SIZE + one_hot_size, 0 if with_state else one_hot_size
+        )
+        #: Whether the state is all that is observed, which costs nothing more.
+        self._state_only = kinds == ("state",)
         self.arm, self.control, self.goals = arm, control, goals
         self.tool_indices = instances.SPLITS[tools] if tool is None else (int(tool),)
         self.object_indices = instances.SPLITS[objects] if thing is None else (int(thing),)
@@ -204,16 +216,15 @@ class FleetToolsEnv(gym.Env):
         self.timestep, self.substeps = timestep, round(steps)
         self.render_mode, self.camera_name = render_mode, camera_name
         self._size = height or render_size[0], width or render_size[1]
-        self._cameras: dict[Any, Camera] = {}
+        self._view: Camera | None = None
         self.mechanism = MECHANISMS[self.object_kind]
         self._simulations: dict[tuple[int, int], Simulation] = {}
         self.sim = self._simulation(self.tool_indices[0], self.object_indices[0])
-        self._one_hot = np.zeros(0)
+        self._observer.open(self.sim)
+        self._one_hot = np.zeros(one_hot_size)
         if self.task_set is not None:
-            self._one_hot = np.zeros(len(self.task_set))
             self._one_hot[self.task_set.index(task)] = 1.0
-        size = STATE_SIZE + self._one_hot.size
-        self.observation_space = spaces.Box(-np.inf, np.inf, (size,), dtype=np.float64)
+        self.observation_space = self._observer.space()
         self.action_space = spaces.Box(-1.0, 1.0, (7 if control == "joint" else 6,), dtype=np.float32)
         self._steps, self._running = 0, False
         #: What the expert does; see ``info["segment"]``.
@@ -225,7 +236,7 @@ class FleetToolsEnv(gym.Env):
         key = tool, thing
         if key not in self._simulations:
             made = instances.tool(self.tool_kind, tool), instances.thing(self.object_kind, thing)
-            self._simulations[key] = Simulation(self.task, *made, self.arm, self.timestep)
+            self._simulations[key] = Simulation(self.task, *made, self.arm, self.timestep, self._observer.sensors)
         return self._simulations[key]
 
     @property
@@ -291,6 +302,7 @@ class FleetToolsEnv(gym.Env):
         if self.randomise:
             self.sim.randomise(rng, self.randomise)
         self._steps, self._running, self.segment = 0, True, -1
+        self._observer.begin()
         info = {"success": False, "tool": tool, "object": thing, "pose": self.pose.copy()}
         return self._observe(), info
 
@@ -345,6 +357,8 @@ class FleetToolsEnv(gym.Env):
             sim.move_joints(JOINT * action, self.substeps)
         else:
             sim.move_hand(TRANSLATION * action[:3], ROTATION * action[3:], self.substeps)
+        if self._observer.sensors:
+            self._observer.felt(sim)
         amount = self.mechanism.amount(sim)
         success = amount > self.mechanism.wanted
         terminated = self.terminate_on_success and success
@@ -360,7 +374,12 @@ class FleetToolsEnv(gym.Env):
         near = 1.0 - math.tanh(5.0 * math.sqrt(x * x + y * y + z * z))
         return 0.2 * near + 0.6 * max(amount / self.mechanism.wanted, 0.0)
 
-    def _observe(self) -> np.ndarray:
+    def _observe(self) -> Any:
+        if self._state_only:
+            return self._state()
+        return self._observer.observe(self.sim, self._state, self._one_hot)
+
+    def _state(self) -> np.ndarray:
         sim = self.sim
         out = np.empty(STATE_SIZE + self._one_hot.size)
         out[:3] = sim.tip
@@ -399,19 +418,14 @@ class FleetToolsEnv(gym.Env):
         if self.render_mode is None:
             gym.logger.warn('render() needs gym.make(..., render_mode="rgb_array")')
             return None
-        return self._camera(self.camera_name, self._size).render(self.sim.data)
-
-    def _camera(self, name: str, size: tuple[int, int]) -> Camera:
-        """A camera on the scene of the moment; those of other scenes are closed, as an OpenGL context is large."""
-        if any(camera.model is not self.sim.model for camera in self._cameras.values()):
-            self.close()
-        key = name, size
-        if key not in self._cameras:
-            self._cameras[key] = Camera(self.sim.model, *size, name)
-        return self._cameras[key]
+        if self._view is None:
+            self._view = Camera(self.sim.model, *self._size, self.camera_name)
+        self._view.turn_to(self.sim.model)
+        place_cameras(self.sim)
+        return self._view.render(self.sim.data)
 
     def close(self) -> None:
         """Frees the OpenGL contexts."""
-        for camera in self._cameras.values():
-            camera.close()
-        self._cameras = {}
+        self._observer.close()
+        if self._view is not None:
+            self._view.close()
