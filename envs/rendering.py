@@ -149,7 +149,7 @@ class Camera:
         visual.global_.offheight = max(visual.global_.offheight, self.height)
         context = None
         try:
-            context = mujoco.GLContext(self.width, self.height)
+            context = mujoco.gl_context.GLContext(self.width, self.height)
             context.make_current()
             drawer = mujoco.MjrContext(self.model, mujoco.mjtFontScale.mjFONTSCALE_100)
             mujoco.mjr_setBuffer(mujoco.mjtFramebuffer.mjFB_OFFSCREEN, drawer)

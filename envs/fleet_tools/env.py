@@ -26,7 +26,9 @@ STATE_SIZE = 27
 #: What an action of 1 means: metres and radians of the hand, radians of a joint.
 TRANSLATION, ROTATION, JOINT = 0.08, 0.6, 0.2
 CONTROLS = ("cartesian", "joint")
-CAMERAS = ("front", "overhead", "wrist")
+#: Our own view of the tool and what it is for; the other cameras are the scene's.
+TABLE_CAMERA = {"lookat": (0.53, 0.0, 0.14), "distance": 0.72, "azimuth": 140.0, "elevation": -22.0}
+CAMERAS = ("table", "front", "overhead", "wrist")
 #: How the tool is held: along the handle and up, metres; about the fingers' axis and about the vertical, radians.
 GRASP = np.array([0.015, 0.004, 0.1, 0.05])
 #: Where the hand begins, about its start: metres, and yaw, radians.
@@ -66,7 +68,34 @@ class FleetToolsEnv(gym.Env):
 
     ## Observation
 
-    `Box(27,)`, float64. Rotations are rotation vectors, radians; places are in the frame of the arm's base, whose z
+    `observation` names what is observed: one of these, or several.
+
+    | name | what | shape, type |
+    |---|---|---|
+    | `state` | the numbers of the next table | `(27,)`, float64 |
+    | `keypoints` | the tool's `head`, `tail` and `side`, then the object's keypoint, in the hand's frame, m | `(4, 3)`, \
+float64 |
+    | `points` | a cloud: rows x, y, z in the hand's frame, m, and a mask: 0 on the tool (the first 512 points), 1 on \
+the object (the other 512) | `(4, 1024)`, float32 |
+    | `wrist`, `overhead` | a camera's RGB picture; beside it, as `wrist_depth` or `overhead_depth`, depth along the \
+direction of view, m | `(S, S, 3)`, uint8; `(S, S)`, float32 |
+    | `wrench` | force, N, and torque, N m, that the tool exerts on the hand, its weight included, after each of the \
+last 32 control steps, the newest last; zeros before the episode | `(32, 6)`, float64 |
+    | `torque` | torques of the arm's motors beyond what carries its weight, N m; zeros without the arm | `(7,)`, \
+float64 |
+
+    One name of an array gives a `Box`; several names, or a camera's, give a `Dict` with those keys. The hand's frame
+    has its origin between the finger tips and the axes of the hand, z along the fingers. Force and torque are in that
+    frame too, the torque about the place where the tool is held; like `torque` they are those of the last time step.
+    `S` is `image_size`.
+
+    Points come from shapes or from pictures. With `points_from="mesh"` they are fixed to the surfaces of the tool and
+    of those parts of the object that move, uniform in area, drawn once for each instance; what lies inside another
+    shape is left out. With `points_from="depth"` they are what the cameras `wrist` and `overhead` see at 160 x 160
+    pixels, thinned by farthest-point sampling; repeated where there are fewer than 512, zeros where nothing is seen.
+    Cameras and `"depth"` need OpenGL; without it, making the environment is an error.
+
+    The state: `Box(27,)`, float64. Rotations are rotation vectors, radians; places are in the frame of the arm's base, whose z
     axis points up and whose x axis points over the table; the table's top is at z = 0.
 
     | index | meaning | unit |
@@ -79,7 +108,7 @@ class FleetToolsEnv(gym.Env):
     | 18-20 | rotation of nut or patty; zeros (pin); place of the second piece | rad, m |
     | 21-23 | the tool's working end: keypoint `head` | m |
     | 24-26 | rotation of the tool | rad |
-    | 27- | with `task_set`: one-hot of the task in that set | |
+    | 27- | with `task_set`: one-hot of the task in that set; without the state it is the key `task` | |
 
     ## Action
 
@@ -128,12 +157,14 @@ class FleetToolsEnv(gym.Env):
     - `tools`, `objects`: the splits that instances are drawn from: `"train"`, `"held_out"` or `"all"`.
     - `goals`: `"all"`, `"train"` or `"held_out"`.
     - `control`: `"cartesian"` or `"joint"`.
-    - `task_set`: names of tasks, or a split's name; appends a one-hot to the observation.
+    - `task_set`: names of tasks, or a split's name; adds a one-hot to the observation.
+    - `observation`, `points_from`: see above.
+    - `image_size`: pixels along each side of the pictures that are observed.
     - `randomise`: strength of the domain randomisation, at least 0 and below 1.
     - `horizon`, `terminate_on_success`: see above.
     - `timestep`, `control_step`: seconds.
     - `render_size`: (height, width) of pictures, pixels; `height` and `width` set one of them.
-    - `camera_name`: `"front"`, `"overhead"` or `"wrist"`.
+    - `camera_name`: `"table"`, `"front"`, `"overhead"` or `"wrist"`.
 
     ## Version history
 
@@ -166,7 +197,7 @@ class FleetToolsEnv(gym.Env):
         render_size: tuple[int, int] = (240, 320),
         height: int | None = None,
         width: int | None = None,
-        camera_name: str = "front",
+        camera_name: str = "table",
     ) -> None:
         self.task = check_task(task)
         modes = self.metadata["render_modes"]
@@ -303,7 +334,7 @@ class FleetToolsEnv(gym.Env):
             self.sim.randomise(rng, self.randomise)
         self._steps, self._running, self.segment = 0, True, -1
         self._observer.begin()
-        info = {"success": False, "tool": tool, "object": thing, "pose": self.pose.copy()}
+        info = {"success": False, "tool": tool, "object": thing, "pose": tuple(self.pose.tolist())}
         return self._observe(), info
 
     def _checked(self, pose: Any) -> np.ndarray:
@@ -419,7 +450,8 @@ class FleetToolsEnv(gym.Env):
             gym.logger.warn('render() needs gym.make(..., render_mode="rgb_array")')
             return None
         if self._view is None:
-            self._view = Camera(self.sim.model, *self._size, self.camera_name)
+            camera = TABLE_CAMERA if self.camera_name == "table" else self.camera_name
+            self._view = Camera(self.sim.model, *self._size, camera)
         self._view.turn_to(self.sim.model)
         place_cameras(self.sim)
         return self._view.render(self.sim.data)

@@ -440,7 +440,8 @@ def wrench(sim: Simulation) -> np.ndarray:
 
     They are those of the last time step.
     """
-    return (sim.data.sensordata[:6].reshape(2, 3) @ sim.X_HT[1].T).ravel()
+    # The sensors have it the other way round, what the hand exerts, and in the tool's frame.
+    return -(sim.data.sensordata[:6].reshape(2, 3) @ sim.X_HT[1].T).ravel()
 
 
 def torque(sim: Simulation) -> np.ndarray:
