@@ -73,30 +73,28 @@ class FleetToolsEnv(gym.Env):
     | name | what | shape, type |
     |---|---|---|
     | `state` | the numbers of the next table | `(27,)`, float64 |
-    | `keypoints` | the tool's `head`, `tail` and `side`, then the object's keypoint, in the hand's frame, m | `(4, 3)`, \
-float64 |
-    | `points` | a cloud: rows x, y, z in the hand's frame, m, and a mask: 0 on the tool (the first 512 points), 1 on \
-the object (the other 512) | `(4, 1024)`, float32 |
-    | `wrist`, `overhead` | a camera's RGB picture; beside it, as `wrist_depth` or `overhead_depth`, depth along the \
-direction of view, m | `(S, S, 3)`, uint8; `(S, S)`, float32 |
-    | `wrench` | force, N, and torque, N m, that the tool exerts on the hand, its weight included, after each of the \
-last 32 control steps, the newest last; zeros before the episode | `(32, 6)`, float64 |
-    | `torque` | torques of the arm's motors beyond what carries its weight, N m; zeros without the arm | `(7,)`, \
-float64 |
+    | `keypoints` | `head`, `tail` and `side` of the tool, and the object's keypoint, m | `(4, 3)`, float64 |
+    | `points` | a cloud: x, y and z, m, and 0 for the tool, 1 for the object | `(4, 1024)`, float32 |
+    | `wrist`, `overhead` | RGB picture of that camera | `(S, S, 3)`, uint8 |
+    | with it `wrist_depth`, `overhead_depth` | depth along the direction of view, m | `(S, S)`, float32 |
+    | `wrench` | force, N, and torque, N m, between tool and hand in the last 32 steps | `(32, 6)`, float64 |
+    | `torque` | torques of the arm's motors, N m; zeros without the arm | `(7,)`, float64 |
 
-    One name of an array gives a `Box`; several names, or a camera's, give a `Dict` with those keys. The hand's frame
-    has its origin between the finger tips and the axes of the hand, z along the fingers. Force and torque are in that
-    frame too, the torque about the place where the tool is held; like `torque` they are those of the last time step.
-    `S` is `image_size`.
+    One name of an array gives a `Box`; several names, or a camera's, give a `Dict` with those keys. `S` is
+    `image_size`. Keypoints, clouds and forces are in the hand's frame: the origin between the finger tips, the axes
+    those of the hand, z along the fingers. `wrench` is what the tool exerts on the hand at the place where it is held,
+    its weight included, at the end of each control step; the newest is last, and before the first step there are
+    zeros. `torque` leaves out what carries the arm's own weight.
 
-    Points come from shapes or from pictures. With `points_from="mesh"` they are fixed to the surfaces of the tool and
-    of those parts of the object that move, uniform in area, drawn once for each instance; what lies inside another
-    shape is left out. With `points_from="depth"` they are what the cameras `wrist` and `overhead` see at 160 x 160
-    pixels, thinned by farthest-point sampling; repeated where there are fewer than 512, zeros where nothing is seen.
-    Cameras and `"depth"` need OpenGL; without it, making the environment is an error.
+    The first 512 points of a cloud are on the tool, the others on those parts of the object that move. With
+    `points_from="mesh"` they are fixed to the shapes' surfaces, uniform in area, drawn once for each instance; what
+    lies inside of another shape is left out. With `points_from="depth"` they are what the cameras `wrist` and
+    `overhead` see at 160 x 160 pixels, thinned by farthest-point sampling; they are repeated where there are fewer
+    than 512, and zeros where nothing is seen. Cameras and `"depth"` need OpenGL; without it, making the environment is
+    an error.
 
-    The state: `Box(27,)`, float64. Rotations are rotation vectors, radians; places are in the frame of the arm's base, whose z
-    axis points up and whose x axis points over the table; the table's top is at z = 0.
+    The state: `Box(27,)`, float64. Rotations are rotation vectors, radians; places are in the frame of the arm's base,
+    whose z axis points up and whose x axis points over the table; the table's top is at z = 0.
 
     | index | meaning | unit |
     |---|---|---|
