@@ -29,7 +29,7 @@ FURTHER = {
 }
 #: Suite -> films at the top of its page: the id, and the options of the command that made it.
 FILMS = {
-    "fleet_tools": tuple((env_id(task), "--seed 0 --steps 70 --fps 8") for task in TASKS),
+    "fleet_tools": tuple((env_id(task), "--seed 0 --steps 60 --fps 8") for task in TASKS),
     "office_nav": (
         ("OfficeNav-v0", "--seed 3 --fps 5"),
         ("OfficeNav-Map-v0", "--seed 5 --fps 5"),

@@ -27,7 +27,7 @@ STATE_SIZE = 27
 TRANSLATION, ROTATION, JOINT = 0.08, 0.6, 0.2
 CONTROLS = ("cartesian", "joint")
 #: Our own view of the tool and what it is for; the other cameras are the scene's.
-TABLE_CAMERA = {"lookat": (0.53, 0.0, 0.14), "distance": 0.72, "azimuth": 140.0, "elevation": -22.0}
+TABLE_CAMERA = {"lookat": (0.53, 0.0, 0.14), "distance": 0.72, "azimuth": 140.0, "elevation": -25.0}
 CAMERAS = ("table", "front", "overhead", "wrist")
 #: How the tool is held: along the handle and up, metres; about the fingers' axis and about the vertical, radians.
 GRASP = np.array([0.015, 0.004, 0.1, 0.05])

@@ -24,8 +24,6 @@ from fleetgym.envs.rendering import Camera
 SHEETS = {"tools": "fleet_tools_tools.png", "objects": "fleet_tools_objects.png"}
 #: Height and width of a cell, pixels; it is drawn so many times larger, and made smaller then, for smooth edges.
 CELL, _SMOOTH = (104, 128), 3
-#: Colours of a sheet's file.
-_COLOURS = 128
 _TABLE = (0.87, 0.88, 0.9, 1.0)
 
 
@@ -69,24 +67,21 @@ def _portrait(made: Instance, is_tool: bool) -> np.ndarray:
     sim = Simulation(task, tool, thing, "hand", TIMESTEP)
     mechanism = MECHANISMS[thing.kind]
     middle = (np.array(mechanism.low) + np.array(mechanism.high)) / 2
-    # The hand is where the object is not, and out of the picture of it.
-    sim.begin(middle, np.zeros(4), None, (np.array([-1.0, 0.0, 0.5]), DOWN))
+    # The hand is out of the picture of an object.
+    sim.begin(middle, np.zeros(4), None, (np.array([0.3 if is_tool else -1.0, 0.0, 0.5]), DOWN))
     model, data = sim.model, sim.data
-    table = model.geom("table").id
+    table, bodies = model.geom("table").id, model.geom_bodyid
     if is_tool:
-        body, held = sim.tool, model.geom_bodyid == sim.tool
-        model.geom_rgba[~held & (np.arange(model.ngeom) != table), 3] = 0
+        shown = bodies == sim.tool
+        model.geom_rgba[~shown, 3] = 0
         looks = {"azimuth": 125.0, "elevation": -32.0, "distance": 0.36}
     else:
-        body = sim.object
-        looks = {"azimuth": 125.0, "elevation": -32.0, "distance": 0.24}
-        held = (model.geom_bodyid != 0) & (model.body_rootid[model.geom_bodyid] != model.body_rootid[sim.hand])
+        shown = (bodies != 0) & (model.body_rootid[bodies] != model.body_rootid[sim.hand])
+        looks = {"azimuth": 50.0, "elevation": -32.0, "distance": 0.24}
     model.geom_matid[table] = -1
     model.geom_rgba[table] = _TABLE
-    places, sizes = data.geom_xpos[held], model.geom_rbound[held]
-    low, high = (places - sizes[:, None]).min(axis=0), (places + sizes[:, None]).max(axis=0)
-    looks["lookat"] = (low + high) / 2
-    assert body
+    places, sizes = data.geom_xpos[shown], model.geom_rbound[shown, None]
+    looks["lookat"] = ((places - sizes).min(axis=0) + (places + sizes).max(axis=0)) / 2
     height, width = (_SMOOTH * size for size in CELL)
     camera = Camera(model, height, width, looks)
     try:
@@ -126,7 +121,7 @@ def draw(folder: str | Path, sheet: str) -> Path:
     picture = grid(list(_cells(sheet)), columns=len(TRAIN), margin=2, fill=255)
     path = Path(folder) / SHEETS[sheet]
     with atomic_write(path) as temporary:
-        Image.fromarray(picture).quantize(_COLOURS).save(temporary, format="PNG", optimize=True)
+        Image.fromarray(picture).save(temporary, format="PNG", optimize=True)
     return path
 
 

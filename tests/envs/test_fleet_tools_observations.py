@@ -1,6 +1,7 @@
 """What fleet-tools shows besides the state: spaces, places recomputed from MuJoCo, surfaces, forces, pictures."""
 
 import warnings
+from pathlib import Path
 
 import gymnasium as gym
 import mujoco
@@ -466,3 +467,40 @@ def test_without_opengl_it_is_said_when_the_environment_is_made(monkeypatch, opt
     assert NO_GL_HELP in str(error.value)
     # All else works.
     assert moved(FleetToolsEnv("Hammer", observation=["points", "wrench"]))["points"].any()
+
+
+# ---- the page --------------------------------------------------------------------------------------------------------
+
+
+def test_the_page_is_what_the_docstring_and_the_instances_say():
+    from fleetgym.envs.docs import FILMS, film, page
+    from fleetgym.envs.fleet_tools.instances import MEANING, OBJECTS, TOOLS
+    from fleetgym.envs.fleet_tools.page import SHEETS
+
+    folder = Path(__file__).parents[2] / "docs" / "envs"
+    text = page("fleet_tools")
+    assert (folder / "fleet_tools.md").read_text(encoding="utf-8") == text, (
+        "run: python -m fleetgym.envs.docs docs/envs"
+    )
+    pictures = [*SHEETS.values(), *(film(env_id) for env_id, _ in FILMS["fleet_tools"])]
+    assert len(pictures) == 2 + len(FLEET_TOOLS.tasks)
+    for name in pictures:
+        assert f"]({name})" in text and 10_000 < (folder / name).stat().st_size < 400_000
+    for kind, ranges in {**TOOLS, **OBJECTS}.items():
+        assert f"**{kind}**" in text and all(name in MEANING for name in ranges)
+
+
+@draws
+def test_a_sheet_has_a_cell_for_each_instance(tmp_path, monkeypatch):
+    from PIL import Image
+
+    from fleetgym.envs.fleet_tools import page
+
+    kinds = {"hammer": page.TOOLS["hammer"]}
+    monkeypatch.setattr(page, "TOOLS", kinds)
+    monkeypatch.setattr(page, "CELL", (20, 30))
+    path = page.draw(tmp_path, "tools")
+    picture = np.asarray(Image.open(path))
+    assert picture.shape == (2 * 20 + 2, 6 * 30 + 5 * 2, 3) and [*tmp_path.iterdir()] == [path]
+    cells = [picture[22 * row : 22 * row + 20, 32 * k : 32 * k + 30] for row in range(2) for k in range(6)]
+    assert all((one != other).any() for i, one in enumerate(cells) for other in cells[:i])
