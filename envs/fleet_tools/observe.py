@@ -213,7 +213,14 @@ def sample_surface(model: Any, bodies: Sequence[int], number: int, rng: np.rando
     return [found[body] for body in bodies]
 
 
-@numba.njit(cache=True)
+def _compiled(function: Any) -> Any:
+    try:
+        return numba.njit(cache=True)(function)
+    except RuntimeError:  # no folder that could be written: compile anew in each process
+        return numba.njit(function)
+
+
+@_compiled
 def farthest_points(points: np.ndarray, number: int) -> np.ndarray:
     """Which points to keep so that they cover all of them: each next one is the farthest from those before.
 
