@@ -61,6 +61,7 @@ class Camera:
         self.model, self.height, self.width, self.camera = model, height, width, camera
         self.upside_down = upside_down
         self._context: Any = None
+        self._fresh = True
 
     def render(self, data: Any) -> np.ndarray:
         """Draws the scene.
@@ -175,11 +176,15 @@ class Camera:
             atexit.unregister(_close_all)
             atexit.register(_close_all)
         _open_cameras.add(self)
-        self._context = context, drawer
+        self._context, self._fresh = (context, drawer), True
 
     def _draw(self, data: Any, colours: np.ndarray, depth: np.ndarray | None, segment: bool = False) -> None:
         """Draws into ``colours`` and ``depth``, the lowest row first, as OpenGL has it."""
         self.open()
+        if self._fresh:
+            # A context's first frame differs from all later ones in the last bits, in MuJoCo's own renderer as well.
+            self._fresh = False
+            self._draw(data, colours, depth, segment)
         context, drawer = self._context
         camera, scene = self._eye(), self._scene
         mujoco.mjv_updateScene(
