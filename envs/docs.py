@@ -11,24 +11,35 @@ from pathlib import Path
 from typing import Any
 
 from fleetgym.core.files import atomic_write
+from fleetgym.envs.fleet_tools.names import TASKS, env_id
 from fleetgym.envs.suite import EnvSuite, suite
 
 #: Suite -> the class whose docstring is its page.
 PAGES = {
+    "fleet_tools": "fleetgym.envs.fleet_tools.env:FleetToolsEnv",
     "meta_world": "fleetgym.envs.meta_world.env:MetaWorldEnv",
     "office_nav": "fleetgym.envs.office_nav.env:OfficeNavEnv",
 }
 #: Suite -> more classes whose docstrings follow as sections.
 MORE = {"office_nav": ("fleetgym.envs.office_nav.env3d:OfficeNav3DEnv",)}
 #: Suite -> a function that returns further lines, what can be computed.
-FURTHER = {"office_nav": "fleetgym.envs.office_nav.page:lines"}
+FURTHER = {
+    "fleet_tools": "fleetgym.envs.fleet_tools.page:lines",
+    "office_nav": "fleetgym.envs.office_nav.page:lines",
+}
 #: Suite -> films at the top of its page: the id, and the options of the command that made it.
 FILMS = {
+    "fleet_tools": tuple((env_id(task), "--seed 0 --steps 60 --fps 8") for task in TASKS),
     "office_nav": (
         ("OfficeNav-v0", "--seed 3 --fps 5"),
         ("OfficeNav-Map-v0", "--seed 5 --fps 5"),
         ("OfficeNav3D-v0", "--seed 1 --every 2 --fps 3 --shrink 2"),
-    )
+    ),
+}
+#: Suite -> what its films show.
+CAPTIONS = {
+    "fleet_tools": "One episode each, played by the scripted expert:",
+    "office_nav": "One trial each, played by the oracle reader:",
 }
 #: The section of a docstring before which all else is put.
 _LAST = "## Version history"
@@ -36,7 +47,7 @@ _LAST = "## Version history"
 
 def film(env_id: str) -> str:
     """The name of an environment's film."""
-    return f"{env_id}.gif"
+    return f"{env_id.replace('/', '-')}.gif"
 
 
 def page(name: str) -> str:
@@ -68,7 +79,7 @@ def _films(name: str) -> list[str]:
     films = [(env_id, f"fleetgym demo {env_id} {options} --out {film(env_id)}") for env_id, options in FILMS[name]]
     lines = [f"![{env_id}]({film(env_id)})\n" for env_id, _ in films]
     lines[-1] = lines[-1].rstrip()
-    return [*lines, "", "One trial each, played by the oracle reader:", "", "```", *(line for _, line in films), "```"]
+    return [*lines, "", CAPTIONS[name], "", "```", *(line for _, line in films), "```"]
 
 
 def _spaces(env_id: str) -> list[str]:

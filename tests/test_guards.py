@@ -57,7 +57,7 @@ PACKAGES = {
 # what is compiled.
 WORLDS = {
     "envs/fields/": {"numba", "torch"},
-    "envs/fleet_tools/": {"mujoco", "numba", "scipy"},
+    "envs/fleet_tools/": {"mujoco", "numba", "PIL", "scipy"},
     "envs/meta_world/": {"mujoco", "metaworld", "scipy", "numba"},
     "envs/office_nav/torch_": {"torch"},
     "envs/office_nav/": {"numba"},

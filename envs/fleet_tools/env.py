@@ -14,6 +14,7 @@ from fleetgym.core.errors import UserError, unknown
 from fleetgym.envs.fleet_tools import instances
 from fleetgym.envs.fleet_tools.mechanisms import MECHANISMS, ROLES
 from fleetgym.envs.fleet_tools.names import ARMS, CONTROL_STEP, HORIZON, check_task, resolve_task_set
+from fleetgym.envs.fleet_tools.observe import Observer, place_cameras, resolve_kinds
 from fleetgym.envs.fleet_tools.panda import READY, TCP, inverse, rotation_matrix, rotation_vector
 from fleetgym.envs.fleet_tools.scene import DOWN, START, TIMESTEP
 from fleetgym.envs.fleet_tools.simulation import Contacts, Simulation
@@ -25,7 +26,9 @@ STATE_SIZE = 27
 #: What an action of 1 means: metres and radians of the hand, radians of a joint.
 TRANSLATION, ROTATION, JOINT = 0.08, 0.6, 0.2
 CONTROLS = ("cartesian", "joint")
-CAMERAS = ("front", "overhead", "wrist")
+#: Our own view of the tool and what it is for; the other cameras are the scene's.
+TABLE_CAMERA = {"lookat": (0.53, 0.0, 0.14), "distance": 0.72, "azimuth": 140.0, "elevation": -25.0}
+CAMERAS = ("table", "front", "overhead", "wrist")
 #: How the tool is held: along the handle and up, metres; about the fingers' axis and about the vertical, radians.
 GRASP = np.array([0.015, 0.004, 0.1, 0.05])
 #: Where the hand begins, about its start: metres, and yaw, radians.
@@ -65,8 +68,33 @@ class FleetToolsEnv(gym.Env):
 
     ## Observation
 
-    `Box(27,)`, float64. Rotations are rotation vectors, radians; places are in the frame of the arm's base, whose z
-    axis points up and whose x axis points over the table; the table's top is at z = 0.
+    `observation` names what is observed: one of these, or several.
+
+    | name | what | shape, type |
+    |---|---|---|
+    | `state` | the numbers of the next table | `(27,)`, float64 |
+    | `keypoints` | `head`, `tail` and `side` of the tool, and the object's keypoint, m | `(4, 3)`, float64 |
+    | `points` | a cloud: x, y and z, m, and 0 for the tool, 1 for the object | `(4, 1024)`, float32 |
+    | `wrist`, `overhead` | RGB picture of that camera | `(S, S, 3)`, uint8 |
+    | with it `wrist_depth`, `overhead_depth` | depth along the direction of view, m | `(S, S)`, float32 |
+    | `wrench` | force, N, and torque, N m, between tool and hand in the last 32 steps | `(32, 6)`, float64 |
+    | `torque` | torques of the arm's motors, N m; zeros without the arm | `(7,)`, float64 |
+
+    One name of an array gives a `Box`; several names, or a camera's, give a `Dict` with those keys. `S` is
+    `image_size`. Keypoints, clouds and forces are in the hand's frame: the origin between the finger tips, the axes
+    those of the hand, z along the fingers. `wrench` is what the tool exerts on the hand at the place where it is held,
+    its weight included, at the end of each control step; the newest is last, and before the first step there are
+    zeros. `torque` leaves out what carries the arm's own weight.
+
+    The first 512 points of a cloud are on the tool, the others on those parts of the object that move. With
+    `points_from="mesh"` they are fixed to the shapes' surfaces, uniform in area, drawn once for each instance; what
+    lies inside of another shape is left out. With `points_from="depth"` they are what the cameras `wrist` and
+    `overhead` see at 160 x 160 pixels, thinned by farthest-point sampling; they are repeated where there are fewer
+    than 512, and zeros where nothing is seen. Cameras and `"depth"` need OpenGL; without it, making the environment is
+    an error.
+
+    The state: `Box(27,)`, float64. Rotations are rotation vectors, radians; places are in the frame of the arm's base,
+    whose z axis points up and whose x axis points over the table; the table's top is at z = 0.
 
     | index | meaning | unit |
     |---|---|---|
@@ -78,7 +106,7 @@ class FleetToolsEnv(gym.Env):
     | 18-20 | rotation of nut or patty; zeros (pin); place of the second piece | rad, m |
     | 21-23 | the tool's working end: keypoint `head` | m |
     | 24-26 | rotation of the tool | rad |
-    | 27- | with `task_set`: one-hot of the task in that set | |
+    | 27- | with `task_set`: one-hot of the task in that set; without the state it is the key `task` | |
 
     ## Action
 
@@ -127,12 +155,14 @@ class FleetToolsEnv(gym.Env):
     - `tools`, `objects`: the splits that instances are drawn from: `"train"`, `"held_out"` or `"all"`.
     - `goals`: `"all"`, `"train"` or `"held_out"`.
     - `control`: `"cartesian"` or `"joint"`.
-    - `task_set`: names of tasks, or a split's name; appends a one-hot to the observation.
+    - `task_set`: names of tasks, or a split's name; adds a one-hot to the observation.
+    - `observation`, `points_from`: see above.
+    - `image_size`: pixels along each side of the pictures that are observed.
     - `randomise`: strength of the domain randomisation, at least 0 and below 1.
     - `horizon`, `terminate_on_success`: see above.
     - `timestep`, `control_step`: seconds.
     - `render_size`: (height, width) of pictures, pixels; `height` and `width` set one of them.
-    - `camera_name`: `"front"`, `"overhead"` or `"wrist"`.
+    - `camera_name`: `"table"`, `"front"`, `"overhead"` or `"wrist"`.
 
     ## Version history
 
@@ -154,6 +184,9 @@ class FleetToolsEnv(gym.Env):
         goals: str = "all",
         control: str = "cartesian",
         task_set: str | Sequence[str] | None = None,
+        observation: str | Sequence[str] = "state",
+        points_from: str = "mesh",
+        image_size: int = 84,
         randomise: float = 0.0,
         horizon: int = HORIZON,
         terminate_on_success: bool = False,
@@ -162,7 +195,7 @@ class FleetToolsEnv(gym.Env):
         render_size: tuple[int, int] = (240, 320),
         height: int | None = None,
         width: int | None = None,
-        camera_name: str = "front",
+        camera_name: str = "table",
     ) -> None:
         self.task = check_task(task)
         modes = self.metadata["render_modes"]
@@ -197,6 +230,14 @@ class FleetToolsEnv(gym.Env):
         self.task_set = None if task_set is None else resolve_task_set(task_set)
         if self.task_set is not None and task not in self.task_set:
             raise UserError(f"task {task!r} is not in the task set {self.task_set}; add it, or choose another set")
+        one_hot_size = 0 if self.task_set is None else len(self.task_set)
+        self.observation = kinds = resolve_kinds(observation)
+        with_state = "state" in kinds
+        self._observer = Observer(
+            kinds, points_from, image_size, STATE_SIZE + one_hot_size, 0 if with_state else one_hot_size
+        )
+        #: Whether the state is all that is observed, which costs nothing more.
+        self._state_only = kinds == ("state",)
         self.arm, self.control, self.goals = arm, control, goals
         self.tool_indices = instances.SPLITS[tools] if tool is None else (int(tool),)
         self.object_indices = instances.SPLITS[objects] if thing is None else (int(thing),)
@@ -204,16 +245,15 @@ class FleetToolsEnv(gym.Env):
         self.timestep, self.substeps = timestep, round(steps)
         self.render_mode, self.camera_name = render_mode, camera_name
         self._size = height or render_size[0], width or render_size[1]
-        self._cameras: dict[Any, Camera] = {}
+        self._view: Camera | None = None
         self.mechanism = MECHANISMS[self.object_kind]
         self._simulations: dict[tuple[int, int], Simulation] = {}
         self.sim = self._simulation(self.tool_indices[0], self.object_indices[0])
-        self._one_hot = np.zeros(0)
+        self._observer.open(self.sim)
+        self._one_hot = np.zeros(one_hot_size)
         if self.task_set is not None:
-            self._one_hot = np.zeros(len(self.task_set))
             self._one_hot[self.task_set.index(task)] = 1.0
-        size = STATE_SIZE + self._one_hot.size
-        self.observation_space = spaces.Box(-np.inf, np.inf, (size,), dtype=np.float64)
+        self.observation_space = self._observer.space()
         self.action_space = spaces.Box(-1.0, 1.0, (7 if control == "joint" else 6,), dtype=np.float32)
         self._steps, self._running = 0, False
         #: What the expert does; see ``info["segment"]``.
@@ -225,7 +265,7 @@ class FleetToolsEnv(gym.Env):
         key = tool, thing
         if key not in self._simulations:
             made = instances.tool(self.tool_kind, tool), instances.thing(self.object_kind, thing)
-            self._simulations[key] = Simulation(self.task, *made, self.arm, self.timestep)
+            self._simulations[key] = Simulation(self.task, *made, self.arm, self.timestep, self._observer.sensors)
         return self._simulations[key]
 
     @property
@@ -291,7 +331,8 @@ class FleetToolsEnv(gym.Env):
         if self.randomise:
             self.sim.randomise(rng, self.randomise)
         self._steps, self._running, self.segment = 0, True, -1
-        info = {"success": False, "tool": tool, "object": thing, "pose": self.pose.copy()}
+        self._observer.begin()
+        info = {"success": False, "tool": tool, "object": thing, "pose": tuple(self.pose.tolist())}
         return self._observe(), info
 
     def _checked(self, pose: Any) -> np.ndarray:
@@ -345,6 +386,8 @@ class FleetToolsEnv(gym.Env):
             sim.move_joints(JOINT * action, self.substeps)
         else:
             sim.move_hand(TRANSLATION * action[:3], ROTATION * action[3:], self.substeps)
+        if self._observer.sensors:
+            self._observer.felt(sim)
         amount = self.mechanism.amount(sim)
         success = amount > self.mechanism.wanted
         terminated = self.terminate_on_success and success
@@ -360,7 +403,12 @@ class FleetToolsEnv(gym.Env):
         near = 1.0 - math.tanh(5.0 * math.sqrt(x * x + y * y + z * z))
         return 0.2 * near + 0.6 * max(amount / self.mechanism.wanted, 0.0)
 
-    def _observe(self) -> np.ndarray:
+    def _observe(self) -> Any:
+        if self._state_only:
+            return self._state()
+        return self._observer.observe(self.sim, self._state, self._one_hot)
+
+    def _state(self) -> np.ndarray:
         sim = self.sim
         out = np.empty(STATE_SIZE + self._one_hot.size)
         out[:3] = sim.tip
@@ -399,19 +447,15 @@ class FleetToolsEnv(gym.Env):
         if self.render_mode is None:
             gym.logger.warn('render() needs gym.make(..., render_mode="rgb_array")')
             return None
-        return self._camera(self.camera_name, self._size).render(self.sim.data)
-
-    def _camera(self, name: str, size: tuple[int, int]) -> Camera:
-        """A camera on the scene of the moment; those of other scenes are closed, as an OpenGL context is large."""
-        if any(camera.model is not self.sim.model for camera in self._cameras.values()):
-            self.close()
-        key = name, size
-        if key not in self._cameras:
-            self._cameras[key] = Camera(self.sim.model, *size, name)
-        return self._cameras[key]
+        if self._view is None:
+            camera = TABLE_CAMERA if self.camera_name == "table" else self.camera_name
+            self._view = Camera(self.sim.model, *self._size, camera)
+        self._view.turn_to(self.sim.model)
+        place_cameras(self.sim)
+        return self._view.render(self.sim.data)
 
     def close(self) -> None:
         """Frees the OpenGL contexts."""
-        for camera in self._cameras.values():
-            camera.close()
-        self._cameras = {}
+        self._observer.close()
+        if self._view is not None:
+            self._view.close()

@@ -20,7 +20,7 @@ def make_vec(tasks: str | Sequence[str], num_envs: int | None = None, **options:
         **options: Of :func:`fleetgym.envs.vector.suite_vector`, or of ``FleetToolsEnv``.
 
     Returns:
-        Observations are [num_envs, 27 + number of tasks], float64.
+        Observations are [num_envs, 27 + number of tasks], float64, where ``observation`` asks for nothing else.
 
     Raises:
         UserError: Unknown task set, no environments, or an unknown autoreset mode.
