@@ -51,14 +51,17 @@ class FleetToolsEnv(gym.Env):
     | `FleetTools/Knife-v0` | push two pieces that stand side by side apart | 5 cm further apart |
     | `FleetTools/WrenchForHammer-v0` | the pin, with a wrench | as with the hammer |
     | `FleetTools/SpatulaForHammer-v0` | the pin, with a spatula | as with the hammer |
+    | `FleetTools/Scoop-v0` | take a ball out of a tray with a scoop | it lies in the scoop, 5 cm above the table |
+    | `FleetTools/Whisk-v0` | stir a ball in a bowl with a whisk | once around the bowl's middle, either way |
 
-    Every id has a twin such as `FleetTools/Hammer-Hand-v0`: the hand without the arm, moved by a soft weld to a mocap
-    body, for speed. One control step lasts 80 ms, 20 time steps of MuJoCo.
+    Every id has a twin such as `FleetTools/Hammer-Hand-v0`: the hand without the arm, on servos of limited force, for
+    speed. One control step lasts 80 ms, 20 time steps of MuJoCo.
 
     Tasks, mechanisms and criteria are those of fleet-tools (Wang et al., "Robot Fleet Learning via Policy Merging",
     ICLR 2024), which needs Drake and meshes; arm, tools and objects are made of primitives here, and the code is ours.
     Differences: all motion is MuJoCo's; the nut is a hexagon; the patty has a stop behind it; the pin must be hit with
-    20 to 60 N instead of against damping alone; the second cross task is our choice.
+    20 to 60 N instead of against damping alone; the second cross task is our choice; scoop and whisk, of which the
+    release has tools' names only, are our own tasks.
 
     ## Tools and objects
 
@@ -102,8 +105,9 @@ class FleetToolsEnv(gym.Env):
     | 3-5 | rotation of the hand, from pointing straight down | rad |
     | 6-12 | joint angles of the arm; zeros without it | rad |
     | 13-14 | opening of each finger (half the handle's thickness) | m |
-    | 15-17 | the object: the pin's head, the nut's middle, the patty, the first piece | m |
+    | 15-17 | the object: the pin's head, the nut's middle, the patty, the first piece, the ball | m |
     | 18-20 | rotation of nut or patty; zeros (pin); place of the second piece | rad, m |
+    | | the tray: x and y of the foot of its far wall, yaw; the middle of the bowl's floor | m, rad |
     | 21-23 | the tool's working end: keypoint `head` | m |
     | 24-26 | rotation of the tool | rad |
     | 27- | with `task_set`: one-hot of the task in that set; without the state it is the key `task` | |

@@ -22,7 +22,7 @@ INSTRUCTIONS: dict[str, str] = {
     "Whisk": "Stir the ball once around the bowl with the whisk.",
 }
 TASKS: tuple[str, ...] = tuple(INSTRUCTIONS)
-#: Arms: the whole Panda, or its hand alone, moved by a weld to a mocap body.
+#: Arms: the whole Panda, or its hand alone.
 ARMS = ("panda", "hand")
 
 SPLITS: dict[str, tuple[str, ...]] = {
