@@ -22,9 +22,22 @@ DOWN = np.diag([1.0, -1.0, -1.0])
 START = np.array([0.42, 0.0, 0.3])
 #: Groups of shapes: MuJoCo draws groups 0-2. Collision bits: 1 everything that touches, 2 links and what stands still.
 TIMESTEP = 0.004
+#: The hand alone stands on three slides and a ball joint between its finger tips, with a servo for each of the six
+#: directions: stiffness, N/m and N m/rad, damping, N s/m and N m s/rad, and largest force and torque, N and N m. The
+#: joints' own inertia, kg and kg m^2, stands for that of an arm.
+HAND_SLIDE = (12000.0, 320.0, 150.0, 1.0)
+HAND_TURN = (250.0, 7.0, 25.0, 0.02)
+#: Where its servos may be told to go: between the finger tips, metres, and the length of its rotation vector from
+#: pointing straight down, radians.
+HAND_LOW, HAND_HIGH = np.array([0.15, -0.6, 0.0]), np.array([0.85, 0.6, 0.8])
+HAND_TURNED = 2.2
+#: Class of objects -> the distance, metres, that contacts keep between shapes. A tool may come at 0.6 m/s, that is
+#: 2.4 mm a time step: without it, shapes would overlap by as much before they are pushed apart, and where that is more
+#: than a pin's rim is wide, the nearest way out would lead sideways, with forces that nothing in the world has.
+MARGIN = {"pin": 0.0015, "pieces": 0.001}
 
 _HEADER = """
-<option timestep="{timestep}" integrator="implicitfast" cone="elliptic" impratio="10" iterations="20"
+<option timestep="{timestep}" integrator="implicitfast" cone="pyramidal" iterations="20"
   ls_iterations="20" tolerance="1e-8">
   <flag eulerdamp="disable"/>
 </option>
@@ -33,7 +46,8 @@ _HEADER = """
 <visual><headlight ambient="0.45 0.45 0.45" diffuse="0.5 0.5 0.5" specular="0.1 0.1 0.1"/>
   <map znear="0.005" zfar="10"/><global offwidth="640" offheight="480"/></visual>
 <default>
-  <geom solref="0.008 1" solimp="0.95 0.99 0.001" density="500" contype="1" conaffinity="1" condim="3"/>
+  <geom solref="0.008 1" solimp="0.95 0.99 0.001" margin="{margin}" density="500" contype="1" conaffinity="1"
+    condim="3"/>
   <default class="arm"><geom contype="2" conaffinity="0" mass="0" rgba="0.93 0.93 0.95 1" group="1"/></default>
   <default class="hand"><geom contype="2" conaffinity="0" mass="0" rgba="0.25 0.26 0.29 1" group="1"/></default>
   <default class="picture"><geom contype="0" conaffinity="0" mass="0"/></default>
@@ -49,17 +63,37 @@ _HEADER = """
 
 def _hand_xml(shapes: str, arm: str) -> str:
     """What is inside the hand's body: palm, fingers, camera and the tool."""
-    inertia = '<inertial mass="0.73" pos="-0.01 0 0.03" diaginertia="0.001 0.0025 0.0017"/>' if arm == "panda" else ""
+    inertia = '<inertial mass="0.76" pos="-0.01 0 0.032" diaginertia="0.001 0.0026 0.0018"/>'
     if arm == "hand":
-        inertia = '<inertial mass="0.73" pos="0 0 0.06" diaginertia="0.005 0.005 0.003"/>'
+        inertia = '<inertial mass="0.76" pos="0 0 0.06" diaginertia="0.005 0.005 0.003"/>'
     return (
         f'{inertia}<geom class="hand" type="box" size="0.02 0.1 0.03" pos="0 0 0.033"/>'
-        '<body name="fingers" gravcomp="1"><inertial mass="0.03" pos="0 0 0.08" diaginertia="1e-4 1e-4 1e-4"/>'
         '<geom name="left" class="hand" type="box" size="0.01 0.008 0.025" pos="0 0.02 0.0875"/>'
-        '<geom name="right" class="hand" type="box" size="0.01 0.008 0.025" pos="0 -0.02 0.0875"/></body>'
+        '<geom name="right" class="hand" type="box" size="0.01 0.008 0.025" pos="0 -0.02 0.0875"/>'
         '<camera name="wrist" pos="0.07 0 0.0" xyaxes="0 -1 0 1 0 0.25" fovy="75"/>'
         f'<body name="tool" pos="0 0 {TCP}" quat="0 1 0 0" gravcomp="1">{shapes}</body>'
     )
+
+
+def _alone_xml(inside: str) -> tuple[str, str]:
+    """MJCF of the hand without an arm, and of its servos.
+
+    With all slides at zero, the point between the finger tips is at the world's origin; the axes are the world's.
+    """
+    joints, servos = "", ""
+    for axis, turned in zip(("1 0 0", "0 -1 0", "0 0 -1"), "xyz"):
+        joints += f'<joint name="hand_{turned}" type="slide" axis="{axis}" armature="{HAND_SLIDE[3]}"/>'
+    joints += f'<joint name="hand_turn" type="ball" pos="0 0 {TCP}" armature="{HAND_TURN[3]}"/>'
+    for number, (kp, kv, force, _) in enumerate((*[HAND_SLIDE] * 3, *[HAND_TURN] * 3)):
+        name, gear = f"hand_{'xyz'[number % 3]}", "1"
+        if number >= 3:
+            name, gear = "hand_turn", " ".join(str(int(index == number - 3)) for index in range(3))
+        servos += (
+            f'<position joint="{name}" gear="{gear}" kp="{kp}" kv="{kv}" forcerange="{-force} {force}" '
+            'ctrllimited="false"/>'
+        )
+    body = f'<body name="hand" pos="0 0 {TCP}" quat="0 1 0 0" gravcomp="1">{joints}{inside}</body>'
+    return body, f"<actuator>{servos}</actuator>"
 
 
 def scene_xml(
@@ -86,17 +120,10 @@ def scene_xml(
     if arm == "panda":
         robot, drive = arm_xml(inside), f"<actuator>{actuators_xml()}</actuator>"
     else:
-        robot = (
-            '<body name="mocap" mocap="true" pos="0.42 0 0.4" quat="0 1 0 0"/>'
-            f'<body name="hand" pos="0.42 0 0.4" quat="0 1 0 0" gravcomp="1"><freejoint name="hand"/>{inside}</body>'
-        )
-        drive = (
-            '<equality><weld body1="mocap" body2="hand" solref="0.02 1" solimp="0.9 0.95 0.001" torquescale="1"/>'
-            "</equality>"
-        )
+        robot, drive = _alone_xml(inside)
     sensor = '<sensor><force site="grip"/><torque site="grip"/></sensor>' if sensors else ""
     return (
-        f'<mujoco model="{task}">{_HEADER.format(timestep=timestep)}<worldbody>'
+        f'<mujoco model="{task}">{_HEADER.format(timestep=timestep, margin=MARGIN.get(made.kind, 0.0))}<worldbody>'
         '<light pos="0.3 0 2" dir="0 0 -1" diffuse="0.5 0.5 0.5"/>'
         '<camera name="overhead" pos="0.5 0 0.95" xyaxes="0 -1 0 1 0 0" fovy="45"/>'
         '<camera name="front" pos="1.25 -0.55 0.6" xyaxes="0.55 0.83 0 -0.36 0.24 0.9" fovy="45"/>'
