@@ -34,7 +34,7 @@ HAND_TURNED = 2.2
 #: Class of objects -> the distance, metres, that contacts keep between shapes. A tool may come at 0.6 m/s, that is
 #: 2.4 mm a time step: without it, shapes would overlap by as much before they are pushed apart, and where that is more
 #: than a pin's rim is wide, the nearest way out would lead sideways, with forces that nothing in the world has.
-MARGIN = {"pin": 0.0015, "pieces": 0.001}
+MARGIN = {"pin": 0.002, "pieces": 0.001}
 
 _HEADER = """
 <option timestep="{timestep}" integrator="implicitfast" cone="pyramidal" iterations="20"
