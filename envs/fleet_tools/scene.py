@@ -8,6 +8,7 @@ from typing import Any
 from fleetgym.core.render import choose_gl
 from fleetgym.envs.fleet_tools.instances import Instance, tool_shapes
 from fleetgym.envs.fleet_tools.mechanisms import MECHANISMS, USE
+from fleetgym.envs.fleet_tools.panda import DOWN as DOWN
 from fleetgym.envs.fleet_tools.panda import TCP, actuators_xml, arm_xml
 
 choose_gl()  # before MuJoCo is imported
@@ -15,9 +16,6 @@ choose_gl()  # before MuJoCo is imported
 import mujoco  # noqa: E402
 import numpy as np  # noqa: E402
 
-#: The hand's rotation when it points straight down with its x axis along that of the world; the tool's in the hand,
-#: whose z axis points down.
-DOWN = np.diag([1.0, -1.0, -1.0])
 #: Where the arm begins, between its finger tips, metres.
 START = np.array([0.42, 0.0, 0.3])
 #: Groups of shapes: MuJoCo draws groups 0-2. Collision bits: 1 everything that touches, 2 links and what stands still.
@@ -26,11 +24,7 @@ TIMESTEP = 0.004
 #: directions: stiffness, N/m and N m/rad, damping, N s/m and N m s/rad, and largest force and torque, N and N m. The
 #: joints' own inertia, kg and kg m^2, stands for that of an arm.
 HAND_SLIDE = (12000.0, 320.0, 150.0, 1.0)
-HAND_TURN = (250.0, 7.0, 25.0, 0.02)
-#: Where its servos may be told to go: between the finger tips, metres, and the length of its rotation vector from
-#: pointing straight down, radians.
-HAND_LOW, HAND_HIGH = np.array([0.15, -0.6, 0.0]), np.array([0.85, 0.6, 0.8])
-HAND_TURNED = 2.2
+HAND_TURN = (250.0, 7.0, 40.0, 0.02)
 #: Class of objects -> the distance, metres, that contacts keep between shapes. A tool may come at 0.6 m/s, that is
 #: 2.4 mm a time step: without it, shapes would overlap by as much before they are pushed apart, and where that is more
 #: than a pin's rim is wide, the nearest way out would lead sideways, with forces that nothing in the world has.

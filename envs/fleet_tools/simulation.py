@@ -5,22 +5,20 @@ from __future__ import annotations
 import copy
 from typing import Any, NamedTuple
 
-import numba
-
 from fleetgym.core.render import choose_gl
 from fleetgym.envs.fleet_tools.instances import Instance
 from fleetgym.envs.fleet_tools.mechanisms import MECHANISMS
 from fleetgym.envs.fleet_tools.panda import (
+    DOWN,
     LOWER,
-    READY,
     TCP,
     UPPER,
-    forward,
-    inverse,
+    arm_target,
+    hand_target,
     rotation_matrix,
     rotation_vector,
 )
-from fleetgym.envs.fleet_tools.scene import DOWN, HAND_HIGH, HAND_LOW, HAND_TURNED, compiled
+from fleetgym.envs.fleet_tools.scene import compiled
 
 choose_gl()  # before MuJoCo is imported
 
@@ -33,41 +31,6 @@ PIECES = 4
 _RANDOMISED = ("geom_friction", "body_mass", "dof_frictionloss")
 _BODIES = ("hand", "tool", "object", "pin", "nut", "stop", "other")
 _JOINTS = ("slide", "turn", "thread")
-
-
-@numba.njit(cache=True)
-def arm_target(q: np.ndarray, translation: np.ndarray, rotation: np.ndarray) -> np.ndarray:
-    """Joint angles [7] at which the hand is moved in its own frame.
-
-    Args:
-        q: Joint angles of the moment [7], radians.
-        translation: Of the point between the finger tips [3], metres.
-        rotation: Rotation vector [3], radians.
-    """
-    place, hand, _ = forward(q)
-    wanted, _, _ = inverse(q, place + hand @ translation, hand @ rotation_matrix(rotation), READY, 4, 0.02, 0.02)
-    return wanted
-
-
-@numba.njit(cache=True)
-def hand_target(place: np.ndarray, hand: np.ndarray, translation: np.ndarray, rotation: np.ndarray) -> np.ndarray:
-    """What the six servos of the hand alone are to reach when it is moved in its own frame, cut to their limits.
-
-    Args:
-        place: Of the hand's frame [3], metres.
-        hand: Its rotation [3, 3].
-        translation: Of the point between the finger tips [3], metres.
-        rotation: Rotation vector [3], radians.
-
-    Returns:
-        The place between the finger tips [3], metres, and the rotation vector from pointing straight down [3].
-    """
-    target = np.empty(6)
-    target[:3] = np.minimum(np.maximum(place + hand[:, 2] * TCP + hand @ translation, HAND_LOW), HAND_HIGH)
-    turned = rotation_vector(DOWN @ (hand @ rotation_matrix(rotation)))
-    length = np.sqrt((turned * turned).sum())
-    target[3:] = turned * min(1.0, HAND_TURNED / max(length, 1e-9))
-    return target
 
 
 class Contacts(NamedTuple):
@@ -207,7 +170,7 @@ class Simulation:
         """
         data = self.data
         if self.arm == "panda":
-            wanted = arm_target(data.qpos[:7], translation, rotation)
+            wanted = arm_target(data.qpos[:7], translation, rotation, substeps * self.model.opt.timestep)
         else:
             wanted = hand_target(self.hand_place, self.hand_rotation, translation, rotation)
         self._servo(wanted, substeps)
