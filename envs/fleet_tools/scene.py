@@ -25,10 +25,11 @@ TIMESTEP = 0.004
 #: joints' own inertia, kg and kg m^2, stands for that of an arm.
 HAND_SLIDE = (12000.0, 320.0, 150.0, 1.0)
 HAND_TURN = (250.0, 7.0, 40.0, 0.02)
-#: Class of objects -> the distance, metres, that contacts keep between shapes. A tool may come at 0.6 m/s, that is
-#: 2.4 mm a time step: without it, shapes would overlap by as much before they are pushed apart, and where that is more
-#: than a pin's rim is wide, the nearest way out would lead sideways, with forces that nothing in the world has.
-MARGIN = {"pin": 0.002, "pieces": 0.001}
+#: Class of objects -> its bodies, and the distance, metres, that other shapes keep from them. A tool may come at
+#: 0.6 m/s, that is 2.4 mm a time step: without it, shapes would overlap by as much before they are pushed apart, and
+#: where that is more than a pin's rim is wide, the nearest way out would lead sideways, with forces that nothing in the
+#: world has. The blocks and the hand have none: MuJoCo's contacts of two boxes are not always right with one.
+MARGIN = {"pin": {"pin": 0.002}, "pieces": {"object": 0.001, "other": 0.001}}
 
 _HEADER = """
 <option timestep="{timestep}" integrator="implicitfast" cone="pyramidal" iterations="20"
@@ -40,8 +41,7 @@ _HEADER = """
 <visual><headlight ambient="0.45 0.45 0.45" diffuse="0.5 0.5 0.5" specular="0.1 0.1 0.1"/>
   <map znear="0.005" zfar="10"/><global offwidth="640" offheight="480"/></visual>
 <default>
-  <geom solref="0.008 1" solimp="0.95 0.99 0.001" margin="{margin}" density="500" contype="1" conaffinity="1"
-    condim="3"/>
+  <geom solref="0.008 1" solimp="0.95 0.99 0.001" density="500" contype="1" conaffinity="1" condim="3"/>
   <default class="arm"><geom contype="2" conaffinity="0" mass="0" rgba="0.93 0.93 0.95 1" group="1"/></default>
   <default class="hand"><geom contype="2" conaffinity="0" mass="0" rgba="0.25 0.26 0.29 1" group="1"/></default>
   <default class="picture"><geom contype="0" conaffinity="0" mass="0"/></default>
@@ -117,7 +117,7 @@ def scene_xml(
         robot, drive = _alone_xml(inside)
     sensor = '<sensor><force site="grip"/><torque site="grip"/></sensor>' if sensors else ""
     return (
-        f'<mujoco model="{task}">{_HEADER.format(timestep=timestep, margin=MARGIN.get(made.kind, 0.0))}<worldbody>'
+        f'<mujoco model="{task}">{_HEADER.format(timestep=timestep)}<worldbody>'
         '<light pos="0.3 0 2" dir="0 0 -1" diffuse="0.5 0.5 0.5"/>'
         '<camera name="overhead" pos="0.5 0 0.95" xyaxes="0 -1 0 1 0 0" fovy="45"/>'
         '<camera name="front" pos="1.25 -0.55 0.6" xyaxes="0.55 0.83 0 -0.36 0.24 0.9" fovy="45"/>'
@@ -129,7 +129,11 @@ def scene_xml(
 
 @functools.lru_cache(maxsize=256)
 def _compiled(task: str, tool: Instance, made: Instance, arm: str, timestep: float, sensors: bool) -> Any:
-    return mujoco.MjModel.from_xml_string(scene_xml(task, tool, made, arm, timestep, sensors))
+    model = mujoco.MjModel.from_xml_string(scene_xml(task, tool, made, arm, timestep, sensors))
+    for name, margin in MARGIN.get(made.kind, {}).items():
+        body = model.body(name).id
+        model.geom_margin[model.geom_bodyid == body] = model.body_margin[body] = margin
+    return model
 
 
 def compiled(
