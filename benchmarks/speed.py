@@ -91,6 +91,100 @@ def meta_world() -> Comparison:
     return Comparison("environment steps", steps, ours, peer, "metaworld")
 
 
+#: What makes an environment for robosuite, whose versions clash with those of the rest, and measures in it.
+ROBOSUITE = (
+    "python -m venv robosuite-env && robosuite-env/bin/pip install robosuite==1.5.2 mujoco==3.3.0 'numpy<2' numba "
+    "gymnasium scipy torch tyro, then in a checkout: PYTHONPATH=src robosuite-env/bin/python -m fleetgym bench speed "
+    "--only fleet_tools"
+)
+
+
+def fleet_tools() -> list[Comparison]:
+    """Steps of the tool-use tasks beside robosuite's with its Panda: Lift, and the nut assembly with one round nut.
+
+    All of it as in robosuite: 20 control steps a second, 25 time steps of 2 ms each, random actions, no cameras,
+    a reset every 100 steps. robosuite's Panda has its operational-space controller for poses (its default for this arm,
+    computed anew in every time step), a gripper that moves and meshes for links; ours has position servos, inverse
+    kinematics once a control step, a tool that is part of the hand, and primitives. So the ratio says what an
+    environment step costs, and not which of two codes does the same work faster. The last rows have our own time step
+    of 4 ms and control step of 80 ms beside the same peer.
+
+    Without robosuite there is nothing to compare: our figures are printed, and how to get it.
+    """
+    import importlib.util
+
+    from fleetgym.envs.fleet_tools.env import FleetToolsEnv
+
+    steps = 100
+    generator = np.random.default_rng(0)
+
+    def walker(env: Any, low: Any, high: Any, seeded: bool, episodes: int) -> Callable[[], None]:
+        actions = generator.uniform(low, high, (steps, len(low)))
+
+        def work() -> None:
+            for episode in range(episodes):
+                if seeded:
+                    env.reset(seed=episode)
+                else:
+                    env.reset()
+                for action in actions:
+                    env.step(action)
+
+        return work
+
+    episodes = 10
+    same = {"timestep": 0.002, "control_step": 0.05}
+    ours = []
+    for task, arm, options in (
+        ("Hammer", "panda", same),
+        ("Wrench", "panda", same),
+        ("Knife", "panda", same),
+        ("Hammer", "hand", same),
+        ("Knife", "panda", {}),
+        ("Knife", "hand", {}),
+    ):
+        env = FleetToolsEnv(task, arm=arm, **options)
+        times = f"{1000 * env.timestep:.0f} ms x {env.substeps}"
+        about = f"{task}, {'full arm' if arm == 'panda' else 'hand alone'}, {times}"
+        low, high = env.action_space.low, env.action_space.high
+        ours.append((about, walker(env, low, high, True, episodes)))
+
+    if importlib.util.find_spec("robosuite") is None:
+        for about, work in ours:
+            work()
+            began = time.process_time()
+            work()
+            rate = steps * episodes / (time.process_time() - began)
+            print(f"fleet_tools ({about}): {rate:.4g} environment steps a CPU-second")
+        print(f"robosuite, the peer, is missing here, and needs an environment of its own: {ROBOSUITE}")
+        return []
+
+    import robosuite
+    from robosuite.controllers import load_composite_controller_config
+
+    controller = load_composite_controller_config(controller=None, robot="Panda")
+    peers = []
+    for task in ("Lift", "NutAssemblyRound"):
+        env = robosuite.make(
+            task,
+            robots="Panda",
+            controller_configs=controller,
+            has_renderer=False,
+            has_offscreen_renderer=False,
+            use_camera_obs=False,
+            control_freq=20,
+            ignore_done=True,
+            hard_reset=False,
+        )
+        name = f"robosuite {robosuite.__version__} {task} with {controller['body_parts']['right']['type']}"
+        peers.append((name, walker(env, *env.action_spec, False, 1)))
+    return [
+        Comparison("environment steps", steps * episodes, work, peer, name, steps, f"{about}, beside {name.split()[2]}")
+        for about, work in ours
+        for name, peer in (peers if about.startswith("Hammer, full") else peers[:1])
+    ]
+
+
 def fleet_training() -> Comparison:
     """A gradient step of five GRU policies on five robots' episodes, beside five ``nn.GRU`` networks in a loop."""
     from fleetgym.agents.networks import PolicyStack, RecurrentPolicy, masked_mse
@@ -586,6 +680,7 @@ def sirens() -> Comparison:
 COMPARISONS: dict[str, Callable[..., Comparison | list[Comparison]]] = {
     "functionals": functionals,
     "meta_world": meta_world,
+    "fleet_tools": fleet_tools,
     "fleet_training": fleet_training,
     "matching": matching,
     "office_nav": office_nav,

@@ -11,9 +11,10 @@ from __future__ import annotations
 import numba
 import numpy as np
 
-#: Joint limits, radians; largest torques, newton metres.
+#: Joint limits, radians; largest speeds, radians a second; largest torques, newton metres.
 LOWER = np.array([-2.8973, -1.7628, -2.8973, -3.0718, -2.8973, -0.0175, -2.8973])
 UPPER = np.array([2.8973, 1.7628, 2.8973, -0.0698, 2.8973, 3.7525, 2.8973])
+SPEED = np.array([2.175, 2.175, 2.175, 2.175, 2.61, 2.61, 2.61])
 TORQUE = (87.0, 87.0, 87.0, 87.0, 12.0, 12.0, 12.0)
 #: Franka's "ready" pose: the hand points down, its x axis away from the base.
 READY = np.array([0.0, -np.pi / 4, 0.0, -3 * np.pi / 4, 0.0, np.pi / 2, np.pi / 4])
@@ -21,6 +22,13 @@ READY = np.array([0.0, -np.pi / 4, 0.0, -3 * np.pi / 4, 0.0, np.pi / 2, np.pi / 
 TCP = 0.1034
 #: From the flange to the hand: no offset, turned by -45 degrees; from joint 7 to the flange, metres.
 FLANGE = 0.107
+#: The hand's rotation when it points straight down with its x axis along that of the world; the tool's in the hand,
+#: whose z axis points down.
+DOWN = np.diag([1.0, -1.0, -1.0])
+#: Where the hand without an arm may be told to go: between the finger tips, metres, and the length of its rotation
+#: vector from pointing straight down, radians.
+HAND_LOW, HAND_HIGH = np.array([0.15, -0.6, 0.0]), np.array([0.85, 0.6, 0.8])
+HAND_TURNED = 1.8
 #: Position servos: stiffness, N m/rad, and damping, N m s/rad. Damped a little less than critically for the arm's
 #: inertia, so that a target that moves is followed within a control step.
 STIFFNESS = (4500.0, 4500.0, 3500.0, 3500.0, 2000.0, 2000.0, 2000.0)
@@ -173,6 +181,48 @@ def inverse(
         step = jacobian.T @ np.linalg.solve(gram, error - jacobian @ towards) + towards
         q = np.minimum(np.maximum(q + step, LOWER), UPPER)
     return q, far, turned
+
+
+# Kernels stand where their constants are: Numba keeps the machine code of a file until that file changes.
+
+
+@numba.njit(cache=True)
+def arm_target(q: np.ndarray, translation: np.ndarray, rotation: np.ndarray, seconds: float) -> np.ndarray:
+    """Joint angles [7] at which the hand is moved in its own frame.
+
+    Where that asks a joint for more than its largest speed, as near to a singular pose, all joints go the same share of
+    the way.
+
+    Args:
+        q: Joint angles of the moment [7], radians.
+        translation: Of the point between the finger tips [3], metres.
+        rotation: Rotation vector [3], radians.
+        seconds: Time that there is for it.
+    """
+    place, hand, _ = forward(q)
+    wanted, _, _ = inverse(q, place + hand @ translation, hand @ rotation_matrix(rotation), READY, 4, 0.02, 0.02)
+    return q + (wanted - q) / max(1.0, (np.abs(wanted - q) / SPEED).max() / seconds)
+
+
+@numba.njit(cache=True)
+def hand_target(place: np.ndarray, hand: np.ndarray, translation: np.ndarray, rotation: np.ndarray) -> np.ndarray:
+    """What the six servos of the hand alone are to reach when it is moved in its own frame, cut to their limits.
+
+    Args:
+        place: Of the hand's frame [3], metres.
+        hand: Its rotation [3, 3].
+        translation: Of the point between the finger tips [3], metres.
+        rotation: Rotation vector [3], radians.
+
+    Returns:
+        The place between the finger tips [3], metres, and the rotation vector from pointing straight down [3].
+    """
+    target = np.empty(6)
+    target[:3] = np.minimum(np.maximum(place + hand[:, 2] * TCP + hand @ translation, HAND_LOW), HAND_HIGH)
+    turned = rotation_vector(DOWN @ (hand @ rotation_matrix(rotation)))
+    length = np.sqrt((turned * turned).sum())
+    target[3:] = turned * min(1.0, HAND_TURNED / max(length, 1e-9))
+    return target
 
 
 def _numbers(*values: float) -> str:

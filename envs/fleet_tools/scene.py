@@ -8,6 +8,7 @@ from typing import Any
 from fleetgym.core.render import choose_gl
 from fleetgym.envs.fleet_tools.instances import Instance, tool_shapes
 from fleetgym.envs.fleet_tools.mechanisms import MECHANISMS, USE
+from fleetgym.envs.fleet_tools.panda import DOWN as DOWN
 from fleetgym.envs.fleet_tools.panda import TCP, actuators_xml, arm_xml
 
 choose_gl()  # before MuJoCo is imported
@@ -15,16 +16,23 @@ choose_gl()  # before MuJoCo is imported
 import mujoco  # noqa: E402
 import numpy as np  # noqa: E402
 
-#: The hand's rotation when it points straight down with its x axis along that of the world; the tool's in the hand,
-#: whose z axis points down.
-DOWN = np.diag([1.0, -1.0, -1.0])
 #: Where the arm begins, between its finger tips, metres.
 START = np.array([0.42, 0.0, 0.3])
 #: Groups of shapes: MuJoCo draws groups 0-2. Collision bits: 1 everything that touches, 2 links and what stands still.
 TIMESTEP = 0.004
+#: The hand alone stands on three slides and a ball joint between its finger tips, with a servo for each of the six
+#: directions: stiffness, N/m and N m/rad, damping, N s/m and N m s/rad, and largest force and torque, N and N m. The
+#: joints' own inertia, kg and kg m^2, stands for that of an arm.
+HAND_SLIDE = (12000.0, 320.0, 150.0, 1.0)
+HAND_TURN = (250.0, 7.0, 40.0, 0.02)
+#: Class of objects -> its bodies, and the distance, metres, that other shapes keep from them. A tool may come at
+#: 0.6 m/s, that is 2.4 mm a time step: without it, shapes would overlap by as much before they are pushed apart, and
+#: where that is more than a pin's rim is wide, the nearest way out would lead sideways, with forces that nothing in the
+#: world has. The blocks and the hand have none: MuJoCo's contacts of two boxes are not always right with one.
+MARGIN = {"pin": {"pin": 0.002}, "pieces": {"object": 0.001, "other": 0.001}}
 
 _HEADER = """
-<option timestep="{timestep}" integrator="implicitfast" cone="elliptic" impratio="10" iterations="20"
+<option timestep="{timestep}" integrator="implicitfast" cone="pyramidal" iterations="20"
   ls_iterations="50" tolerance="1e-8">
   <flag eulerdamp="disable"/>
 </option>
@@ -49,17 +57,37 @@ _HEADER = """
 
 def _hand_xml(shapes: str, arm: str) -> str:
     """What is inside the hand's body: palm, fingers, camera and the tool."""
-    inertia = '<inertial mass="0.73" pos="-0.01 0 0.03" diaginertia="0.001 0.0025 0.0017"/>' if arm == "panda" else ""
+    inertia = '<inertial mass="0.76" pos="-0.01 0 0.032" diaginertia="0.001 0.0026 0.0018"/>'
     if arm == "hand":
-        inertia = '<inertial mass="0.73" pos="0 0 0.06" diaginertia="0.005 0.005 0.003"/>'
+        inertia = '<inertial mass="0.76" pos="0 0 0.06" diaginertia="0.005 0.005 0.003"/>'
     return (
         f'{inertia}<geom class="hand" type="box" size="0.02 0.1 0.03" pos="0 0 0.033"/>'
-        '<body name="fingers" gravcomp="1"><inertial mass="0.03" pos="0 0 0.08" diaginertia="1e-4 1e-4 1e-4"/>'
         '<geom name="left" class="hand" type="box" size="0.01 0.008 0.025" pos="0 0.02 0.0875"/>'
-        '<geom name="right" class="hand" type="box" size="0.01 0.008 0.025" pos="0 -0.02 0.0875"/></body>'
-        '<camera name="wrist" pos="0.07 0 0.0" xyaxes="0 -1 0 1 0 0.25" fovy="75"/>'
+        '<geom name="right" class="hand" type="box" size="0.01 0.008 0.025" pos="0 -0.02 0.0875"/>'
+        '<camera name="wrist" pos="0.075 0 0.02" xyaxes="0 1 0 1 0 -0.45" fovy="75"/>'
         f'<body name="tool" pos="0 0 {TCP}" quat="0 1 0 0" gravcomp="1">{shapes}</body>'
     )
+
+
+def _alone_xml(inside: str) -> tuple[str, str]:
+    """MJCF of the hand without an arm, and of its servos.
+
+    With all slides at zero, the point between the finger tips is at the world's origin; the axes are the world's.
+    """
+    joints, servos = "", ""
+    for axis, turned in zip(("1 0 0", "0 -1 0", "0 0 -1"), "xyz"):
+        joints += f'<joint name="hand_{turned}" type="slide" axis="{axis}" armature="{HAND_SLIDE[3]}"/>'
+    joints += f'<joint name="hand_turn" type="ball" pos="0 0 {TCP}" armature="{HAND_TURN[3]}"/>'
+    for number, (kp, kv, force, _) in enumerate((*[HAND_SLIDE] * 3, *[HAND_TURN] * 3)):
+        name, gear = f"hand_{'xyz'[number % 3]}", "1"
+        if number >= 3:
+            name, gear = "hand_turn", " ".join(str(int(index == number - 3)) for index in range(3))
+        servos += (
+            f'<position joint="{name}" gear="{gear}" kp="{kp}" kv="{kv}" forcerange="{-force} {force}" '
+            'ctrllimited="false"/>'
+        )
+    body = f'<body name="hand" pos="0 0 {TCP}" quat="0 1 0 0" gravcomp="1">{joints}{inside}</body>'
+    return body, f"<actuator>{servos}</actuator>"
 
 
 def scene_xml(
@@ -86,14 +114,7 @@ def scene_xml(
     if arm == "panda":
         robot, drive = arm_xml(inside), f"<actuator>{actuators_xml()}</actuator>"
     else:
-        robot = (
-            '<body name="mocap" mocap="true" pos="0.42 0 0.4" quat="0 1 0 0"/>'
-            f'<body name="hand" pos="0.42 0 0.4" quat="0 1 0 0" gravcomp="1"><freejoint name="hand"/>{inside}</body>'
-        )
-        drive = (
-            '<equality><weld body1="mocap" body2="hand" solref="0.02 1" solimp="0.9 0.95 0.001" torquescale="1"/>'
-            "</equality>"
-        )
+        robot, drive = _alone_xml(inside)
     sensor = '<sensor><force site="grip"/><torque site="grip"/></sensor>' if sensors else ""
     return (
         f'<mujoco model="{task}">{_HEADER.format(timestep=timestep)}<worldbody>'
@@ -108,7 +129,11 @@ def scene_xml(
 
 @functools.lru_cache(maxsize=256)
 def _compiled(task: str, tool: Instance, made: Instance, arm: str, timestep: float, sensors: bool) -> Any:
-    return mujoco.MjModel.from_xml_string(scene_xml(task, tool, made, arm, timestep, sensors))
+    model = mujoco.MjModel.from_xml_string(scene_xml(task, tool, made, arm, timestep, sensors))
+    for name, margin in MARGIN.get(made.kind, {}).items():
+        body = model.body(name).id
+        model.geom_margin[model.geom_bodyid == body] = model.body_margin[body] = margin
+    return model
 
 
 def compiled(

@@ -9,16 +9,16 @@ from fleetgym.core.render import choose_gl
 from fleetgym.envs.fleet_tools.instances import Instance
 from fleetgym.envs.fleet_tools.mechanisms import MECHANISMS
 from fleetgym.envs.fleet_tools.panda import (
+    DOWN,
     LOWER,
-    READY,
     TCP,
     UPPER,
-    forward,
-    inverse,
+    arm_target,
+    hand_target,
     rotation_matrix,
     rotation_vector,
 )
-from fleetgym.envs.fleet_tools.scene import DOWN, compiled
+from fleetgym.envs.fleet_tools.scene import compiled
 
 choose_gl()  # before MuJoCo is imported
 
@@ -37,7 +37,7 @@ class Contacts(NamedTuple):
     """How things touch.
 
     Attributes:
-        depth: Of the deepest contact of any two shapes, metres.
+        depth: How far the two shapes of the deepest contact overlap, metres.
         force: Sum of the normal forces on the tool, newtons.
     """
 
@@ -84,10 +84,14 @@ class Simulation:
         self.hand_place, self.hand_rotation = data.xpos[self.hand], data.xmat[self.hand].reshape(3, 3)
         self.tool_place, self.tool_rotation = data.xpos[self.tool], data.xmat[self.tool].reshape(3, 3)
         self.keypoints = {name: model.site(name).pos.copy() for name in ("head", "tail", "side")}
+        self.target = data.ctrl[: 7 if arm == "panda" else 6]
+        self._split: tuple[int, list[int]] = (0, [])
         self.X_HT = np.zeros(3), np.eye(3)
+        self._wrench = np.zeros(6)
+        self._fingers = [model.geom(name).id for name in ("left", "right")]
         self.first = 0.0
         names = ("body_pos", "body_quat", "geom_pos", "body_inertia", "actuator_gainprm", "actuator_biasprm")
-        self._fresh = {name: getattr(model, name).copy() for name in (*names, *_RANDOMISED)}
+        self._fresh = [(getattr(model, name), getattr(model, name).copy()) for name in (*names, *_RANDOMISED)]
 
     def rotation_of(self, body: int) -> np.ndarray:
         """A body's rotation vector [3], radians."""
@@ -109,8 +113,8 @@ class Simulation:
             hand: Place [3] between the finger tips and rotation [3, 3] of the hand.
         """
         model, data = self.model, self.data
-        for name, value in self._fresh.items():
-            getattr(model, name)[:] = value
+        for present, fresh in self._fresh:
+            present[:] = fresh
         mujoco.mj_resetData(model, data)
         along, up, pitch, yaw = grasp
         rotation = DOWN @ rotation_matrix(np.array([0.0, pitch, 0.0])) @ rotation_matrix(np.array([0.0, 0.0, yaw]))
@@ -118,15 +122,15 @@ class Simulation:
         model.body_pos[self.tool] = place
         mujoco.mju_mat2Quat(model.body_quat[self.tool], rotation.ravel())
         self.X_HT = place, rotation
-        for name, side in (("left", 1), ("right", -1)):
-            model.geom(name).pos[1] = side * (self.tool_instance.handle + 0.008)
+        for finger, side in zip(self._fingers, (1, -1)):
+            model.geom_pos[finger, 1] = side * (self.tool_instance.handle + 0.008)
         self.mechanism.place(self, pose)
         if joints is not None:
             data.qpos[:7] = data.ctrl[:7] = joints
         else:
-            data.qpos[:3] = data.mocap_pos[0] = hand[0] - hand[1][:, 2] * TCP
-            mujoco.mju_mat2Quat(data.qpos[3:7], hand[1].ravel())
-            data.mocap_quat[0] = data.qpos[3:7]
+            data.qpos[:3] = data.ctrl[:3] = hand[0]
+            mujoco.mju_mat2Quat(data.qpos[3:7], (DOWN @ hand[1]).ravel())
+            data.ctrl[3:6] = rotation_vector(DOWN @ hand[1])
         mujoco.mj_forward(model, data)
 
     def randomise(self, rng: np.random.Generator, strength: float) -> None:
@@ -166,43 +170,34 @@ class Simulation:
         """
         data = self.data
         if self.arm == "panda":
-            q = data.qpos[:7]
-            place, hand, _ = forward(q)
-            wanted, _, _ = inverse(
-                q, place + hand @ translation, hand @ rotation_matrix(rotation), READY, 4, 0.02, 0.02
-            )
-            self._servo(wanted, substeps)
-            return
-        hand = self.hand_rotation
-        turned = hand @ rotation_matrix(rotation)
-        place = self.tip + hand @ translation - turned[:, 2] * TCP
-        start = data.mocap_pos[0].copy()
-        mujoco.mju_mat2Quat(data.mocap_quat[0], turned.ravel())
-        for piece, steps in enumerate(_shares(substeps), 1):
-            data.mocap_pos[0] = start + (place - start) * (piece / PIECES)
-            if steps:
-                mujoco.mj_step(self.model, data, steps)
-        mujoco.mj_kinematics(self.model, data)
+            wanted = arm_target(data.qpos[:7], translation, rotation, substeps * self.model.opt.timestep)
+        else:
+            wanted = hand_target(self.hand_place, self.hand_rotation, translation, rotation)
+        self._servo(wanted, substeps)
 
     def _servo(self, wanted: np.ndarray, substeps: int) -> None:
-        data = self.data
-        start = data.ctrl[:7].copy()
-        for piece, steps in enumerate(_shares(substeps), 1):
-            data.ctrl[:7] = start + (wanted - start) * (piece / PIECES)
+        model, data, target = self.model, self.data, self.target
+        if self._split[0] != substeps:
+            self._split = substeps, _shares(substeps)
+        # A target is led to where it shall be, so that nothing jerks.
+        piece = (wanted - target) / PIECES
+        for steps in self._split[1]:
+            target += piece
             if steps:
-                mujoco.mj_step(self.model, data, steps)
+                mujoco.mj_step(model, data, steps)
         # A step leaves places as they were before its last integration.
-        mujoco.mj_kinematics(self.model, data)
+        mujoco.mj_kinematics(model, data)
 
     def contacts(self) -> Contacts:
         """Depth and force of the moment's contacts."""
         contact = self.data.contact
         if not len(contact.dist):
             return Contacts(0.0, 0.0)
-        addresses = contact.efc_address
-        on_tool = (self.model.geom_bodyid[contact.geom] == self.tool).any(axis=1) & (addresses >= 0)
-        # The first row of a contact with a cone is its normal.
-        force = float(self.data.efc_force[addresses[on_tool]].sum())
+        on_tool = (self.model.geom_bodyid[contact.geom] == self.tool).any(axis=1) & (contact.efc_address >= 0)
+        force = 0.0
+        for index in np.flatnonzero(on_tool):
+            mujoco.mj_contactForce(self.model, self.data, index, self._wrench)
+            force += float(self._wrench[0])
         return Contacts(max(0.0, -float(contact.dist.min())), force)
 
     def energy(self) -> float:

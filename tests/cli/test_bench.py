@@ -53,7 +53,7 @@ def test_speed_without_the_peers(monkeypatch, capsys):
     done = []
     for name in COMPARISONS:
         monkeypatch.setitem(COMPARISONS, name, lambda name=name: done.append(name) or [])
-    assert main(["bench", "speed"]) == 0 and done == ["meta_world", "fleet_training", "sirens"]
+    assert main(["bench", "speed"]) == 0 and done == ["meta_world", "fleet_tools", "fleet_training", "sirens"]
     assert "matching is left out: pip install 'fleetgym[bench]'" in capsys.readouterr().out
 
 
