@@ -24,7 +24,8 @@ draws = pytest.mark.skipif(choose_gl() not in BACKENDS, reason="no OpenGL here t
 FLEET_TOOLS = suite("fleet_tools")
 SHAPES = {"keypoints": (4, 3), "points": (4, 1024), "wrench": (32, 6), "torque": (7,)}
 #: Class of objects -> bodies that move.
-MOVING = {"pin": ["pin"], "nut": ["nut"], "patty": ["object"], "pieces": ["object", "other"], "bin": ["object"], "bowl": ["object"]}
+MOVING = {"pin": ["pin"], "nut": ["nut"], "pieces": ["object", "other"]}
+MOVING |= dict.fromkeys(("patty", "bin", "bowl"), ["object"])
 BLIND = ["state", *SHAPES]
 SEEING = ["wrist", "overhead"]
 
