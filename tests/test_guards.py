@@ -48,7 +48,7 @@ PACKAGES = {
     "benchmarks": (
         {"numpy", "torch", "gymnasium", "tyro"},
         {"rich", "matplotlib", "PIL", "mujoco", "metaworld", "scipy"}
-        | {"minigrid", "mlxtend", "nfn", "rebasin", "sklearn"},  # of extras
+        | {"minigrid", "mlxtend", "nfn", "rebasin", "robosuite", "sklearn"},  # of extras
     ),
     "cli": ({"tyro"}, None),  # None: anything
     "root": (set(), set()),
