@@ -165,9 +165,9 @@ def _spatula(env: Any) -> list[Keyframe]:
     # Out from under the stop, which the front edge would be caught by.
     place = place - 0.016 * along
     frames += [Keyframe(3, place, rotation, speed=0.02, near=0.004)]
-    # Tilt back about the middle of the blade, so that the patty rests against the neck, and lift.
+    # A little tilted back about the middle of the blade, less than the patty would slide at, and up.
     centre = place + rotation @ (0.5 * (points["head"] + points["tail"]))
-    lift = _level(yaw) @ rotation_matrix(np.array([0.0, -0.3, 0.0])) @ _level(-yaw) @ rotation
+    lift = _level(yaw) @ rotation_matrix(np.array([0.0, -0.1, 0.0])) @ _level(-yaw) @ rotation
     offset = lift @ (0.5 * (points["head"] + points["tail"]))
     frames += [Keyframe(3, centre - offset + 0.03 * UP, lift, speed=0.02, turn=0.06)]
     return [*frames, Keyframe(3, centre - offset + 0.13 * UP - 0.03 * along, lift, speed=0.03, steps=60)]
