@@ -223,8 +223,8 @@ class OptimizerCNN(OptimizerMLP):
     title: ClassVar[str] = "Learned optimizers on CNNs"
     family: ClassVar[str] = "cnn"
     steps: int = 150
-    alpha: float = 0.09
-    gamma: float = 0.96
+    alpha: float = 0.2
+    gamma: float = 0.95
     tuning: int = 4
     networks: int = 16
 
