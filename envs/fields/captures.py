@@ -116,7 +116,9 @@ class Capture:
                 f"{name}: images of shape {list(images.shape)}; the intrinsics want [V, {size[0]}, {size[1]}, 3]"
             )
         if len(images) < MIN_VIEWS:
-            raise UserError(f"{name}: {len(images)} views; at least {MIN_VIEWS} are needed, taken from different places")
+            raise UserError(
+                f"{name}: {len(images)} views; at least {MIN_VIEWS} are needed, taken from different places"
+            )
         if images.dtype != np.uint8:
             finite = np.isfinite(images).all((1, 2, 3)) if images.dtype.kind == "f" else np.ones(len(images), bool)
             if not finite.all():
@@ -181,7 +183,7 @@ def check_poses(poses: Any, name: str = "poses") -> np.ndarray:
                 "flip one axis: x is right, y is up, and the camera looks along -z",
             ),
             (
-                (np.abs(turn @ turn.mT - np.eye(3)).max((1, 2), initial=0) > _RIGID)
+                (np.abs(turn @ turn.swapaxes(1, 2) - np.eye(3)).max((1, 2), initial=0) > _RIGID)
                 | (np.abs(flat[:, 3] - np.array([0, 0, 0, 1])).max(1, initial=0) > _RIGID),
                 "is not rigid",
                 "take scale and shear out: the rows of the rotation have length 1 and are orthogonal, and the last row "

@@ -126,7 +126,24 @@ def _random(state):
 
 @_compiled
 def _place(
-    k, ray, density, centre, scale, levels, extents, sizes, starts, edges, fine, merge, state, nodes, parts, weight, t, to
+    k,
+    ray,
+    density,
+    centre,
+    scale,
+    levels,
+    extents,
+    sizes,
+    starts,
+    edges,
+    fine,
+    merge,
+    state,
+    nodes,
+    parts,
+    weight,
+    t,
+    to,
 ):
     """Places the samples of a ray.
 
