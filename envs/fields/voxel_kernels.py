@@ -145,16 +145,10 @@ def _place(
     t,
     to,
 ):
-    """Places the samples of a ray.
+    """Places the samples of a ray; writes distances, in order, into ``t`` and how far each reaches into ``to``.
 
-    Args:
-        state: Of the random numbers that place a sample within its interval; 0 for the middle.
-        weight: Room for a number an interval, and one more.
-        t: Written: the distances, in order.
-        to: Written: how far each sample reaches (delta).
-
-    Returns:
-        How many samples there are.
+    ``state`` is that of the random numbers that place a sample within its interval, 0 for the middle; ``weight`` is
+    room for a number an interval and one more. Returns how many samples there are.
     """
     zero, one, two = k[0], k[1], k[2]
     intervals = len(edges) - 1
@@ -228,15 +222,11 @@ def fine_as(one, count):
 def _shade(
     k, ray, density, colour, centre, scale, levels, extents, sizes, starts, t, to, count, nodes, parts, raws, seen, out
 ):
-    """The light that comes along a ray.
+    """The light that comes along a ray: colour without background, and distance, into ``out`` [4].
 
-    Args:
-        raws: Written: raw density, weight w, light left behind the sample, [3, samples].
-        seen: Written: the colours of the samples, [samples, 3].
-        out: Written: the colour without background, and its distance, [4].
-
-    Returns:
-        How many samples were taken before the ray went dark, and the light that is left.
+    Writes the raw density, the weight w and the light left behind each sample into ``raws`` [3, samples], and the
+    colours into ``seen`` [samples, 3]. Returns how many samples were taken before the ray went dark, and the light
+    that is left.
     """
     zero, one = k[0], k[1]
     light = one

@@ -195,9 +195,9 @@ def test_a_box_is_seen_from_where_no_camera_was(fitted):
 
 
 def test_distances_of_a_wall():
-    layout = small_layout(grids=((33, 1.0),), coarse=60, fine=40)
+    layout = small_layout(grids=((33, 0.0),), coarse=60, fine=40)
     density = np.full((33, 33, 33), -20.0, np.float32)
-    density[:, :, :11] = 40.0  # solid below z = -0.1125, but for half a cell
+    density[:, :, :13] = 40.0  # the value 4, where density begins, is at u = -0.425
     weights = {"density": torch.as_tensor(density).reshape(1, -1), "colour": torch.zeros(1, 33**3, 3)}
     found = Voxels(weights, dataclasses.asdict(layout), np.zeros((1, 3)), CAMERA, [voxel.Report(0)])
     poses = looking(np.array([0.0, 0.01, 0.2]), np.zeros(3))[None]
@@ -205,7 +205,7 @@ def test_distances_of_a_wall():
     lines = rays(poses, CAMERA, np.float64)[0]
     surface = lines[..., 2:3] + lines[..., 5:6] * distance[..., None]
     middle = np.abs(lines[..., 3:5]).max(-1) < 0.5
-    assert middle.sum() > 200 and np.abs(surface[middle] + 0.11).max() < 0.01
+    assert middle.sum() > 200 and np.abs(surface[middle] + 0.3 * 0.425).max() < 0.01
     weights["density"].fill_(-20.0)
     assert np.isinf(found.distances(poses)).all()
 
