@@ -40,6 +40,8 @@ _BETAS = (0.9, 0.99)
 _WARM = 10
 # The step size falls to this share of itself.
 _DECAY = 0.1
+# How far apart, as a share of the distance, two views' surfaces may be to count as one.
+_TOLERANCE = 0.1
 # Rays of the training views on which a fit is judged.
 _JUDGED = 4096
 SCHEMA = "fleetgym.voxels/1"
@@ -51,7 +53,7 @@ class Report:
 
     Attributes:
         scene: Its number.
-        psnr: On pixels that it was fitted to, dB; None if the fit failed.
+        psnr: Of the field alone on pixels that it was fitted to, dB; None if the fit failed.
         held_out: On the views that were held out, dB; None if there were none.
         iterations: Steps done.
         seconds: Processor seconds of the fit (seconds on the clock on an accelerator, where scenes share it).
@@ -172,6 +174,8 @@ class Voxels:
         centres: What the grids lie about, metres, [N, 3].
         intrinsics: The camera.
         report: How each scene's fit went.
+        views: For scenes that keep what the field lacks of its views: ``poses`` [V, 4, 4], ``residual`` [V, h, w, 3]
+            (picture less field, 0 to 1), ``distance`` [V, h, w] (metres) and ``masks`` [V, h, w].
     """
 
     weights: dict[str, Tensor]
@@ -179,6 +183,7 @@ class Voxels:
     centres: np.ndarray
     intrinsics: Intrinsics
     report: list[Report] = field(repr=False)
+    views: dict[int, dict[str, Tensor]] = field(default_factory=dict, repr=False)
 
     @classmethod
     def fit(cls, views: Any, **options: Any) -> Voxels:
@@ -254,6 +259,8 @@ class Voxels:
                     layout, rays(poses[row], camera).reshape(-1, 6), density[n].numpy(), colour[n].numpy(),
                     self.centres[n], out[row].reshape(-1, 5),
                 )  # fmt: skip
+                if n in self.views:
+                    _mend(self.views[n], self.intrinsics, rays(poses[row], camera).reshape(-1, 6), out[row])
         else:
             chosen = torch.as_tensor(list(scenes), device=density.device)
             where = torch.as_tensor(self.centres, dtype=density.dtype, device=density.device)
@@ -273,7 +280,8 @@ class Voxels:
         with atomic_folder(folder) as temporary:
             tensors = {name: value.half() for name, value in self.weights.items()}
             save_tensors(
-                temporary / "fields.safetensors", {**tensors, "centres": torch.as_tensor(np.asarray(self.centres))}
+                temporary / "fields.safetensors",
+                {**tensors, "centres": torch.as_tensor(np.asarray(self.centres)), **self._kept()},
             )
             write_json(
                 temporary / "fields.json",
@@ -284,6 +292,12 @@ class Voxels:
                     "report": [asdict(report) for report in self.report],
                 },
             )
+
+    def _kept(self) -> dict[str, Tensor]:
+        kinds = {"residual": torch.float16, "distance": torch.float32, "poses": torch.float64, "masks": torch.bool}
+        return {
+            f"views.{n}.{name}": kept[name].to(kind) for n, kept in self.views.items() for name, kind in kinds.items()
+        }
 
     @classmethod
     def load(cls, folder: str | os.PathLike, device: str = "cpu") -> Voxels:
@@ -297,6 +311,11 @@ class Voxels:
         if not isinstance(document, dict) or document.get("schema") != SCHEMA:
             raise UserError(f"{folder}/fields.json is not of {SCHEMA}; save the fields anew")
         tensors = load_tensors(Path(folder) / "fields.safetensors")
+        views: dict[int, dict[str, Tensor]] = {}
+        for name in [name for name in tensors if name.startswith("views.")]:
+            _, scene, part = name.split(".")
+            value = tensors.pop(name)
+            views.setdefault(int(scene), {})[part] = value.float() if part == "residual" else value
         config = document["config"]
         config["grids"] = tuple((int(size), float(extent)) for size, extent in config["grids"])
         config["background"] = tuple(config["background"])
@@ -313,6 +332,7 @@ class Voxels:
             tensors["centres"].double().numpy(),
             Intrinsics(**document["intrinsics"]),
             [Report(**report) for report in document["report"]],
+            views if torch.device(device).type == "cpu" else {},
         )
 
 
@@ -334,6 +354,28 @@ def _draw_numba(
         kernels.constants(kind), lines, density, colour, centre.astype(kind), kind.type(layout.scale), *grids, edges,
         layout.fine, layout.merge, np.array(layout.background, kind), out,
     )  # fmt: skip
+
+
+def _mend(kept: dict[str, Tensor], camera: Intrinsics, lines: np.ndarray, drawn: np.ndarray) -> None:
+    """Adds to pictures [M, h, w, 5] what the field lacks of its views."""
+    kind = lines.dtype
+    arrays = [kept[name].numpy() for name in ("poses", "residual", "distance", "masks")]
+    kernels.mend(
+        kernels.constants(kind), lines, drawn.reshape(-1, 5), arrays[0].astype(kind), *arrays[1:],
+        np.array([camera.fx, camera.fy, camera.cx, camera.cy], kind), kind.type(_TOLERANCE),
+    )  # fmt: skip
+
+
+def _keep(fields: Voxels, n: int, capture: Capture) -> dict[str, Tensor]:
+    """What a field lacks of the views that it was fitted to."""
+    drawn = fields._draw(capture.poses, [n], None)[0]
+    met = 1 - drawn[..., 4]
+    return {
+        "poses": torch.as_tensor(capture.poses),
+        "residual": torch.as_tensor(capture.images / np.float32(255) - drawn[..., :3]),
+        "distance": torch.as_tensor(np.where(met > 0.5, drawn[..., 3] / np.maximum(met, 0.5), np.float32(1e6))),
+        "masks": torch.as_tensor(capture.masks),
+    }
 
 
 class _Batches:
@@ -451,7 +493,7 @@ def fit_voxels(
     *,
     centre: Any = None,
     scale: float = 0.2,
-    iterations: int = 100,
+    iterations: int = 120,
     seed: int = 0,
     batch: int = 1024,
     learning_rate: float = 0.3,
@@ -462,6 +504,7 @@ def fit_voxels(
     samples: tuple[int, int] = (24, 16),
     merge: bool = False,
     background: Sequence[float] = (1.0, 1.0, 1.0),
+    residuals: bool = True,
     hold_out: int = 0,
     on_error: str = "raise",
     device: str = "cpu",
@@ -488,6 +531,8 @@ def fit_voxels(
         samples: Intervals along a ray (of equal ratio), and samples that are placed by their weights.
         merge: Whether the intervals' own samples are rendered, too; slower.
         background: Colour of what is behind everything.
+        residuals: Whether to keep what the field lacks of its views, and add it where a picture shows the same surface
+            (:func:`fleetgym.envs.fields.voxel_kernels.mend`); on the CPU only.
         hold_out: How many views of each capture, evenly spread, to keep from the fit and judge it by.
         on_error: ``"raise"``, or ``"skip"``: a capture that is unusable is reported, and the others are fitted.
         device: Where to fit.
@@ -547,6 +592,10 @@ def fit_voxels(
             continue
         fit, held = checked[n]
         fields.report.append(Report(n))  # a scene that can be drawn
+        if residuals and density.device.type == "cpu":
+            began = time.process_time()
+            fields.views[n] = _keep(fields, n, fit)
+            seconds[n] += time.process_time() - began
         fields.report[n] = Report(
             n, _judge(fields, n, fit, seed), _held_out(fields, n, held), iterations, seconds[n], len(fit.images)
         )

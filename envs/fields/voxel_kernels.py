@@ -27,7 +27,7 @@ import math
 import numba
 import numpy as np
 
-GAIN, SHIFT = 50.0, 4.0
+GAIN, SHIFT = 200.0, 5.4
 """Density = GAIN softplus(raw - SHIFT), in 1 / m."""
 FLOOR = 0.003
 """What each interval has in addition to its weight when samples are placed, so that some look everywhere."""
@@ -37,7 +37,7 @@ DARK = 1e-4
 
 def constants(dtype: np.dtype) -> tuple:
     """The numbers that the kernels compute with, in the type of their arrays."""
-    return tuple(np.dtype(dtype).type(x) for x in (0, 1, 2, GAIN, SHIFT, FLOOR, DARK, 1e-10))
+    return tuple(np.dtype(dtype).type(x) for x in (0, 1, 2, GAIN, SHIFT, FLOOR, DARK, 1e-10, 0, 1e-3, 100, 0.03, 0.3))
 
 
 def _compiled(function):
@@ -441,3 +441,71 @@ def adam(values, gradient, first, second, rate, b1, b2, scale1, scale2, tiny):
             second[n] += (g * g - second[n]) * (b2)
             values[n] -= rate * first[n] * scale1 / (math.sqrt(second[n] * scale2) + tiny)
             gradient[n] = 0
+
+
+@_compiled
+def mend(k, rays, drawn, poses, residual, distance, masks, camera, tolerance):
+    """Adds to drawn rays what the field lacks where captured views show the same surface.
+
+    The end of a ray is looked up in each view: the difference between picture and field there counts if the field's
+    own surface lies as far from that camera (within ``tolerance`` of the distance), the more the smaller the angle
+    between the two rays and the nearer the view (after Buehler et al., "Unstructured Lumigraph Rendering", SIGGRAPH
+    2001, sec. 4). At a pose of the capture the result is the picture.
+
+    Args:
+        k: :func:`constants`.
+        rays: [M, 6].
+        drawn: Of :func:`draw`, [M, 5]; the colours are changed.
+        poses: Camera to world, [V, 4, 4].
+        residual: Picture less field, [V, h, w, 3].
+        distance: Of the field's surface along the rays of the views, [V, h, w].
+        masks: Whether a pixel counts, [V, h, w].
+        camera: fx, fy, cx, cy of the views, [4].
+        tolerance: A share of the distance.
+    """
+    zero, one = k[0], k[1]
+    half = one / k[2]
+    height, width = distance.shape[1], distance.shape[2]
+    least, hundred, some, further = k[9], k[10], k[11], k[12]
+    for m in range(len(rays)):
+        met = one - drawn[m, 4]
+        if met <= half:
+            continue
+        away = drawn[m, 3] / met
+        px = rays[m, 0] + away * rays[m, 3]
+        py = rays[m, 1] + away * rays[m, 4]
+        pz = rays[m, 2] + away * rays[m, 5]
+        total = r = g = b = zero
+        for v in range(len(poses)):
+            x, y, z = px - poses[v, 0, 3], py - poses[v, 1, 3], pz - poses[v, 2, 3]
+            depth = -(x * poses[v, 0, 2] + y * poses[v, 1, 2] + z * poses[v, 2, 2])
+            if depth <= least:
+                continue
+            column = (
+                (x * poses[v, 0, 0] + y * poses[v, 1, 0] + z * poses[v, 2, 0]) / depth * camera[0] + camera[2] - half
+            )
+            row = camera[3] - half - (x * poses[v, 0, 1] + y * poses[v, 1, 1] + z * poses[v, 2, 1]) / depth * camera[1]
+            if not (column >= zero and row >= zero):
+                continue
+            c, w = int(column), int(row)
+            if c >= width - 1 or w >= height - 1:
+                continue
+            length = math.sqrt(x * x + y * y + z * z)
+            cosine = min(one, (x * rays[m, 3] + y * rays[m, 4] + z * rays[m, 5]) / length)
+            penalty = math.acos(max(cosine, -one)) + further * max(zero, length / away - one)
+            weight = one / (least + hundred * penalty * penalty)
+            fc, fr = column - np.floor(column), row - np.floor(row)
+            for corner in range(4):
+                i, j = w + (corner >> 1), c + (corner & 1)
+                if masks[v, i, j]:
+                    off = (distance[v, i, j] - length) / (tolerance * length)
+                    if off * off < hundred:
+                        part = (fr if corner >> 1 else one - fr) * (fc if corner & 1 else one - fc)
+                        part *= weight * math.exp(-off * off)
+                        total += part
+                        r += part * residual[v, i, j, 0]
+                        g += part * residual[v, i, j, 1]
+                        b += part * residual[v, i, j, 2]
+        drawn[m, 0] += r / (total + some)
+        drawn[m, 1] += g / (total + some)
+        drawn[m, 2] += b / (total + some)
