@@ -1,8 +1,8 @@
-"""Worlds kept as networks: each field is the weights of a small network that maps a place to what is seen there.
+"""Worlds kept as fields: each is the weights of a small network, or of grids, that map a place to what is seen there.
 
-All kinds share one door: ``fit(kind, views, **options)`` fits one network to each of N worlds at once and returns their
+All kinds share one door: ``fit(kind, views, **options)`` fits one field to each of N worlds at once and returns their
 :class:`Fields`, and ``render(fields, view)`` draws them. What a view is belongs to the kind: an image and a size for
-``siren``.
+``siren``; for ``voxel`` the pictures of a moving camera with its poses, and the poses to look from.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ class Fields(Protocol):
 FIELDS: Registry[type[Fields]] = Registry("kind of field", group="fleetgym.fields")
 """Name -> class with the methods of :class:`Fields`."""
 FIELDS.register("siren", "fleetgym.envs.fields.siren:Sirens")
+FIELDS.register("voxel", "fleetgym.envs.fields.voxel:Voxels")
 
 
 def fit(kind: str, views: Any, **options: Any) -> Fields:
@@ -40,8 +41,10 @@ def fit(kind: str, views: Any, **options: Any) -> Fields:
 
     Args:
         kind: A name in :data:`FIELDS`.
-        views: What is seen of each world; for ``siren`` images [N, h, w] or [N, h, w, C].
-        options: Those of the kind's ``fit``; for ``siren`` see :func:`fleetgym.envs.fields.siren.fit_sirens`.
+        views: What is seen of each world; for ``siren`` images [N, h, w] or [N, h, w, C], for ``voxel`` a list of
+            :class:`fleetgym.envs.fields.captures.Capture`.
+        options: Those of the kind's ``fit``; for ``siren`` see :func:`fleetgym.envs.fields.siren.fit_sirens`, for
+            ``voxel`` :func:`fleetgym.envs.fields.voxel.fit_voxels`.
 
     Raises:
         UserError: Unknown kind, or views or options that it does not take.
@@ -50,5 +53,10 @@ def fit(kind: str, views: Any, **options: Any) -> Fields:
 
 
 def render(fields: Fields, view: Any = None) -> Any:
-    """Draws fields from one view (for ``siren`` a size ``(h, w)``); from the view they were fitted to if None."""
+    """Draws fields from one view; from the view they were fitted to if None and the kind has such.
+
+    Args:
+        fields: What :func:`fit` returned.
+        view: For ``siren`` a size ``(h, w)``, for ``voxel`` poses [M, 4, 4] or [N, M, 4, 4].
+    """
     return fields.render(view)
