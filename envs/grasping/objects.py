@@ -31,8 +31,6 @@ from fleetgym.envs.grasping.names import resolve_objects
 PROCEDURAL_SCALE = 0.65
 #: Vertices of household objects' hulls are rounded to this, metres; most of their faces vanish.
 ROUND = 0.004
-#: Faces of a household object's picture, at most; the files have 16,384.
-FACES = 1500
 #: Household objects: colours of the body, of a band about the middle and of the top, red, green, blue within 0..1.
 _COLOURS = {
     "003_cracker_box": ((0.75, 0.16, 0.13), (0.93, 0.84, 0.62), (0.75, 0.16, 0.13)),
@@ -276,9 +274,7 @@ def _named(name: str) -> Thing:
     _, corners, uvs = read_obj(data / file)
     drawn = (corners - _middle(corners)) / np.ptp(corners.reshape(-1, 3), axis=0) * 0.06
     colour = (0.85, 0.85, 0.9) if texture is None else (1.0, 1.0, 1.0)
-    return _thing(
-        name, [_ball(0.03)], drawn, uvs, colour, None if texture is None else data / texture, upright=False
-    )
+    return _thing(name, [_ball(0.03)], drawn, uvs, colour, None if texture is None else data / texture, upright=False)
 
 
 def _middle(corners: np.ndarray) -> np.ndarray:

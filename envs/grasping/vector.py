@@ -21,4 +21,5 @@ def make_vec(tasks: Sequence[str], num_envs: int | None = None, **options: Any) 
     Raises:
         UserError: Unknown task set, no environments, or an unknown autoreset mode.
     """
+    options.setdefault("one_hot", False)  # observations are Dicts, and a policy sees what the object is
     return suite_vector("grasping", tuple(tasks), num_envs, **options)
