@@ -15,6 +15,7 @@ from fleetgym.envs.suite import EnvSuite, suite
 
 #: Suite -> the class whose docstring is its page.
 PAGES = {
+    "grasping": "fleetgym.envs.grasping.env:GraspingEnv",
     "meta_world": "fleetgym.envs.meta_world.env:MetaWorldEnv",
     "office_nav": "fleetgym.envs.office_nav.env:OfficeNavEnv",
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -46,7 +47,7 @@ class GraspingEnv(gym.Env):
 
     | id | objects |
     |---|---|
-    | `Grasping/Procedural-v0` | 1,000 solids of one colour, of one to twenty convex pieces: 900 for training, 100 held out |
+    | `Grasping/Procedural-v0` | 1,000 solids of a few convex pieces: 900 for training, 100 held out |
     | `Grasping/Named-v0` | duck, teddy, lego, cube, sphere, jenga, block, soccerball: for training |
     | `Grasping/YCB-v0` | nine household objects of the YCB set: held out |
 
@@ -66,7 +67,7 @@ class GraspingEnv(gym.Env):
     | `rgb` | `[S, S, 3]`, uint8 | the palm's camera: field of view 90 degrees, sees 2 cm to 3 m |
     | `depth` | `[S, S]`, float32 | distance along the view, m; 3 where there is nothing |
     | `segmentation` | `[S, S]`, uint8 | 0 background, 1 the object, 2 the gripper |
-    | `points` | `[4, 1024]`, float32 | points of the object that the camera sees, in the hand's frame, m; the last row is 1 for a point and 0 for none |
+    | `points` | `[4, 1024]`, float32 | what is seen of the object, in the hand's frame, m; last row: 1 point, 0 none |
     | `state` | `[22]`, float64 | see below |
     | `pose` | `[4, 4]`, float64 | the hand's pose in the world, as reached |
     | `remaining` | `[1]`, float32 | steps that are left over min(horizon, 20), and at least one step's worth |
@@ -259,26 +260,26 @@ class GraspingEnv(gym.Env):
         if wanted is not None and wanted not in self.objects:
             raise unknown(f"object of this {env_id(self.family)}", wanted, self.objects)
         super().reset(seed=seed)
-        rng, sim = self.np_random, self.sim
+        rng = self.np_random
         self._running = False
-        reasons: dict[str, int] = {}
-        for scene in range(SCENES):
+        reasons: Counter[str] = Counter()
+        while reasons.total() < SCENES:
             name = self.objects[int(rng.integers(len(self.objects)))]
             name = wanted if wanted is not None else name
             thing = load(self.family, name)
             reason = self._begin(rng, name, thing)
             if reason is None:
                 break
-            reasons[reason] = reasons.get(reason, 0) + 1
+            reasons[reason] += 1
         else:
             told = ", ".join(f"{reason} ({count} times)" for reason, count in sorted(reasons.items()))
             raise UserError(
-                f"no scene of {wanted or ', '.join(self.objects[:3])} can be grasped, in {SCENES} tries: {told}; choose "
-                "other objects"
+                f"no scene of {wanted or ', '.join(self.objects[:3])} can be grasped, in {SCENES} tries: {told}; "
+                "choose other objects"
             )
         self._knocks = [rng.uniform(-KNOCK, KNOCK) for _ in KNOCK_STEPS]
         self._steps, self._running = 0, True
-        info = {"success": False, "knocked": False, "object": self.object, "redrawn": scene}
+        info = {"success": False, "knocked": False, "object": self.object, "redrawn": reasons.total()}
         return self._observe(), info
 
     def _begin(self, rng: np.random.Generator, name: str, thing: Thing) -> str | None:
@@ -486,7 +487,8 @@ def target_points(depth: np.ndarray, labels: np.ndarray) -> np.ndarray:
         labels: Segmentation [S, S].
 
     Returns:
-        [4, 1024], float32: x, y, z in metres, and 1 for a point or 0 for none. Of more points, every so many-th is kept.
+        [4, 1024], float32: x, y, z in metres, and 1 for a point or 0 for none. More points are
+        thinned evenly.
     """
     rows, columns = np.nonzero(labels == TARGET)
     if len(rows) > POINTS:

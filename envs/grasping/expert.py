@@ -1,7 +1,7 @@
 """The scripted expert: to the nearest grasp, first to a stand-off, then straight in.
 
-The grasp is the goal that ``reset`` has found (:mod:`fleetgym.envs.grasping.grasps`). Each action is computed from where
-the hand is, so the expert finds its way back after a knock, and labels states that others have reached.
+The grasp is the goal that ``reset`` has found (:mod:`fleetgym.envs.grasping.grasps`). Each action is computed from
+where the hand is, so the expert finds its way back after a knock, and labels states that others have reached.
 """
 
 from __future__ import annotations

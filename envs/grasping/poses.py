@@ -1,8 +1,8 @@
 """Poses of the hand, what an action means, and where the camera sits.
 
-Frames: ``X_WH`` is the pose of the hand in the world, a rigid matrix [4, 4], metres. The fingers close along the hand's y
-axis and point along its z axis. The camera is fixed to the hand, ``X_WC = X_WH @ HAND_EYE``, and has OpenGL's axes: x to
-the right, y up, and it looks along -z.
+Frames: ``X_WH`` is the pose of the hand in the world, a rigid matrix [4, 4], metres. The fingers close along the hand's
+y axis and point along its z axis. The camera is fixed to the hand, ``X_WC = X_WH @ HAND_EYE``, and has OpenGL's axes:
+x to the right, y up, and it looks along -z.
 
 Sources: semantics and limits of the action, field of view and place of the camera are those of GA-DDPG (L. Wang,
 Y. Xiang, W. Yang, A. Mousavian and D. Fox, "Goal-Auxiliary Actor-Critic for 6D Robotic Grasping with Point Clouds",

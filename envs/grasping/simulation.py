@@ -1,8 +1,8 @@
 """The two PyBullet scenes of an episode: one with the arm, for physics, and its twin without, for pictures.
 
-The twin holds table, floor and object only. The object's pose is copied into it, TinyRenderer draws it, and the gripper,
-which is always at the same place of the palm's pictures, is pasted by depth. That is many times faster than to draw the
-arm's meshes, and equal outside of the gripper.
+The twin holds table, floor and object only. The object's pose is copied into it, TinyRenderer draws it, and the
+gripper, which is always at the same place of the palm's pictures, is pasted by depth. That is several times faster than
+to draw the arm's meshes, and equal outside of the gripper.
 """
 
 from __future__ import annotations
@@ -55,10 +55,10 @@ class Scene:
         client.setTimeStep(TIMESTEP)
         client.setPhysicsEngineParameter(deterministicOverlappingPairs=1)
         client.loadURDF(f"{data}/plane.urdf", [0, 0, -0.63])
-        client.loadURDF(f"{data}/table/table.urdf", [0.5, 0, -0.626], useFixedBase=True)
+        client.loadURDF(f"{data}/table/table.urdf", [0.5, 0, -0.625], useFixedBase=True)
 
     def put(self, thing: Thing, place: np.ndarray, quaternion: np.ndarray) -> None:
-        """Takes the object away, if there is one, and puts another at a place [3] with a quaternion [4] (x, y, z, w)."""
+        """Replaces the object by another, at a place [3] with a quaternion [4] (x, y, z, w)."""
         client = self.client
         self.clear()
         if thing.name not in self._shapes:
@@ -138,7 +138,10 @@ class Scene:
         """
         view = inverse(X_WC).T.ravel().tolist()
         near, far = NEAR, FAR
-        projection = p.computeProjectionMatrixFOV(np.degrees(FOV), 1.0, near, far)
+        projection = list(p.computeProjectionMatrixFOV(np.degrees(FOV), 1.0, near, far))
+        # TinyRenderer looks at the lower left corner of a pixel; by this half pixel it looks at the middle, so that
+        # poses.intrinsics() holds.
+        projection[8] = projection[9] = 1.0 / size
         _, _, rgba, depth, bodies = self.client.getCameraImage(size, size, view, projection, flags=flags, **_LIGHT)
         rgb = np.ascontiguousarray(np.asarray(rgba, np.uint8).reshape(size, size, 4)[..., :3])
         depth = np.asarray(depth, np.float64).reshape(size, size)
@@ -283,8 +286,8 @@ class Simulation(Scene):
     def palm(self, size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """What the palm's camera sees: colours, depth and segmentation.
 
-        With open fingers the gripper is pasted where it is nearer than the scene. When the fingers have closed, which is
-        in the last picture of an episode only, the scene is drawn as a whole.
+        With open fingers the gripper is pasted where it is nearer than the scene. When the fingers have closed, which
+        is in the last picture of an episode only, the scene is drawn as a whole.
         """
         X_WC = self.hand_pose() @ HAND_EYE
         if self._fingers != OPEN:
