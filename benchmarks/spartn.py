@@ -182,11 +182,11 @@ def oracle_renderer(preset: Preset) -> Callable[[Episode, np.ndarray], tuple[np.
 def corrective(job: Job, own: Demonstrations) -> tuple[Demonstrations, Report]:
     """The corrective demonstrations of a method that has some: ``homography``, ``spartn`` or ``oracle``."""
     from fleetgym.envs.fields import fit
-    from fleetgym.envs.fields.captures import Capture
-    from fleetgym.envs.grasping.poses import intrinsics
+    from fleetgym.envs.fields.captures import Capture, Intrinsics
+    from fleetgym.envs.grasping.poses import FOV
 
     preset, camera = job.preset, eye(job.preset)
-    lens = intrinsics(preset.image_size)
+    lens = Intrinsics.from_fov(FOV, preset.image_size, preset.image_size)
     noise = Noise(preset.translation, preset.rotation)
     if job.method == "homography":
         noise = AboutTheEye(0.0, preset.rotation, hand_eye=camera.hand_eye)

@@ -9,6 +9,7 @@ __all__ = ["SUITES", "EnvSuite", "Task", "register_envs", "suite"]
 
 
 SUITES.register("fleet_tools", "fleetgym.envs.fleet_tools.suite:FLEET_TOOLS")
+SUITES.register("grasping", "fleetgym.envs.grasping.suite:GRASPING")
 SUITES.register("office_nav", "fleetgym.envs.office_nav.suite:OFFICE_NAV")
 
 
@@ -41,6 +42,16 @@ def register_envs() -> None:
                     max_episode_steps=names.HORIZON,
                     kwargs={"task": task, "arm": arm},
                 )
+
+    from fleetgym.envs.grasping import names as grasping
+
+    for family in grasping.FAMILIES:
+        if grasping.env_id(family) not in registry:
+            register(
+                grasping.env_id(family),
+                entry_point="fleetgym.envs.grasping.env:GraspingEnv",
+                kwargs={"family": family},
+            )
 
     from fleetgym.envs.office_nav.suite import INSTRUCTIONS
 

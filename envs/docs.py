@@ -17,6 +17,7 @@ from fleetgym.envs.suite import EnvSuite, suite
 #: Suite -> the class whose docstring is its page.
 PAGES = {
     "fleet_tools": "fleetgym.envs.fleet_tools.env:FleetToolsEnv",
+    "grasping": "fleetgym.envs.grasping.env:GraspingEnv",
     "meta_world": "fleetgym.envs.meta_world.env:MetaWorldEnv",
     "office_nav": "fleetgym.envs.office_nav.env:OfficeNavEnv",
 }

