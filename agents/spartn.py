@@ -205,17 +205,25 @@ def _steps(episode: Episode, observations: dict[str, np.ndarray], actions: np.nd
 
 
 def field_renderer(
-    fit: Callable[..., Any], capture: Callable[..., Any], eye: EyeInHand, *, left_out: int = 0, **options: Any
+    fit: Callable[..., Any],
+    capture: Callable[..., Any],
+    eye: EyeInHand,
+    *,
+    left_out: int = 0,
+    grasp: Any = (0.0, 0.0, 0.1034),
+    **options: Any,
 ) -> Renderer:
     """A renderer that fits a field to each demonstration's own pictures.
 
     Args:
-        fit: ``fit(captures, **options)`` gives fields with ``render(poses)``, such as
+        fit: ``fit(captures, centre=, **options)`` gives fields with ``render(poses)``, such as
             ``functools.partial(fleetgym.envs.fields.fit, "voxel")``.
         capture: ``capture(images, poses, masks)`` makes a capture of one scene.
         eye: The camera.
         left_out: Views that a second fit leaves out, evenly over the approach, to measure quality on: it doubles the
             cost. 0 measures nothing.
+        grasp: Where the fingers close, in the hand's frame [3], metres: the field's centre is there at the last
+            demonstrated pose, as there the object is.
         **options: Of ``fit``.
     """
 
@@ -224,16 +232,19 @@ def field_renderer(
         masks = np.broadcast_to(~eye.gripper, (len(at), *eye.gripper.shape))
         return capture(episode.observations["rgb"][at], poses, masks)
 
+    def fitted(episode: Episode, at: np.ndarray) -> Any:
+        last = episode.observations["pose"][approach(episode)]
+        return fit([views(episode, at)], centre=last[:3, :3] @ np.asarray(grasp) + last[:3, 3], **options)
+
     def render(episode: Episode, poses: np.ndarray) -> tuple[np.ndarray, Mapping[str, Any]]:
         steps = approach(episode)
         notes: dict[str, Any] = {}
         if left_out:
             out = np.linspace(1, steps - 2, left_out).round().astype(int)
             rest = np.setdiff1d(np.arange(steps), out)
-            seen = fit([views(episode, rest)], **options).render(episode.observations["pose"][out] @ eye.hand_eye)[0]
+            seen = fitted(episode, rest).render(episode.observations["pose"][out] @ eye.hand_eye)[0]
             notes["psnr"] = psnr(seen, episode.observations["rgb"][out], ~eye.gripper)
-        fields = fit([views(episode, np.arange(steps))], **options)
-        return fields.render(poses)[0], notes
+        return fitted(episode, np.arange(steps)).render(poses)[0], notes
 
     return render
 

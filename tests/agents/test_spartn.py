@@ -147,7 +147,9 @@ def test_a_field_sees_each_view_and_its_mask_and_is_measured_on_others():
     episode = demonstration(0)
     _, row = augment(episode, EYE, render, number=1)
     (held, _), (whole, options) = calls
-    assert len(held[0][0]) == 5 and len(whole[0][0]) == 7 and options == {"iterations": 5}
+    assert len(held[0][0]) == 5 and len(whole[0][0]) == 7 and options["iterations"] == 5
+    last = episode.observations["pose"][7]
+    np.testing.assert_allclose(options["centre"], (last @ [0, 0, 0.1034, 1])[:3])
     np.testing.assert_allclose(whole[0][1], episode.observations["pose"][:7] @ EYE.hand_eye)
     assert (whole[0][2] == ~EYE.gripper).all()
     left = episode.observations["rgb"][[1, 5]]
