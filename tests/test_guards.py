@@ -58,7 +58,7 @@ PACKAGES = {
 WORLDS = {
     "envs/fields/": {"numba", "torch"},
     "envs/fleet_tools/": {"mujoco", "numba", "PIL", "scipy"},
-    "envs/grasping/": {"pybullet", "numba", "scipy"},
+    "envs/grasping/": {"PIL", "numba", "pybullet", "scipy"},
     "envs/meta_world/": {"mujoco", "metaworld", "scipy", "numba"},
     "envs/office_nav/torch_": {"torch"},
     "envs/office_nav/": {"numba"},
