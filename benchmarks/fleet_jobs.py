@@ -246,7 +246,7 @@ def collect_task(preset: Preset, folder: str, seed: int, name: str) -> str:
     # A quarter more than needed makes up for the expert's failures on most tasks.
     for number in (wanted + -(-wanted // 4), 2 * wanted, 4 * wanted):
         found = collect(
-            _Reader(expert) if preset.observation == "image" else expert,
+            _Reader(expert) if preset.observation == "image" and preset.suite == "meta_world" else expert,
             functools.partial(preset.world.make, preset, task, goals="train", **dict(data.options)),
             range(first, first + number),
             dataset=path,

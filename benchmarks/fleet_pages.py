@@ -10,7 +10,6 @@ from typing import Any
 
 from fleetgym.benchmarks.fleet_jobs import EVALUATION_SEED, FURTHER, record_path
 from fleetgym.benchmarks.fleet_presets import ALL, ALL_METHODS, METHODS, PRESETS, Preset
-from fleetgym.benchmarks.fleet_worlds import CAMERA, PROPRIOCEPTION
 from fleetgym.core.checkpoint import Checkpoint
 from fleetgym.core.errors import UserError
 from fleetgym.core.files import read_json, write_json
@@ -84,15 +83,12 @@ def describe(preset: Preset) -> str:
         sent = f"they send weights after {preset.warmup} gradient steps, and at each later step a gradient"
     seen = ""
     if preset.observation == "points":
-        seen = (
-            f" They see {preset.points} points of tool and object in the hand's frame, and "
-            f"{preset.world.proprioception} numbers of hand and arm."
-        )
+        seen = f" They see {preset.points} points of tool and object in the hand's frame, and {preset.world.numbers}."
     if preset.observation == "image":
         side = preset.image_size
         seen = (
-            f" They see a picture of {side} x {side} pixels by the camera {CAMERA}, and {PROPRIOCEPTION} numbers: the "
-            "position of the hand and the opening of the gripper."
+            f" They see a picture of {side} x {side} pixels by the camera {preset.world.camera}, and "
+            f"{preset.world.numbers}."
         )
     return (
         f"{preset.robots} robots on {tasks} task{'s' * (tasks != 1)}, each with {what} and random initial weights "

@@ -39,9 +39,8 @@ class Preset:
     """Standard deviation of the noise on the expert's executed actions."""
     observation: str = "state"
     """What a policy sees besides the task's one-hot: ``state``, the suite's numbers and three offsets made of them,
-    ``image`` (Meta-World), a picture by the camera ``table`` and four numbers: the position of the hand and the opening
-    of the gripper, or ``points`` (fleet-tools), a cloud of points of tool and object in the hand's frame, and 15
-    numbers of hand and arm."""
+    ``image``, a picture by one camera and a few numbers of hand and arm, or ``points`` (fleet-tools), a cloud of points
+    of tool and object in the hand's frame and the same few numbers."""
     image_size: int = 48
     """Pixels a side of the picture."""
     points: int = 128

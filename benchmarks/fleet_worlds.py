@@ -105,6 +105,25 @@ class Thinned(gym.ObservationWrapper):
         return {**observation, "points": observation["points"][:, self.kept]}
 
 
+class Pictured(gym.ObservationWrapper):
+    """Calls the colours of one camera ``pixels`` and leaves its depth out.
+
+    Args:
+        env: An environment whose observations have ``state`` and that camera.
+        camera: Its name.
+    """
+
+    def __init__(self, env: gym.Env, camera: str) -> None:
+        super().__init__(env)
+        self.camera = camera
+        whole = env.observation_space
+        self.observation_space = gym.spaces.Dict({"state": whole["state"], "pixels": whole[camera]})
+
+    def observation(self, observation: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Picks."""
+        return {"state": observation["state"], "pixels": observation[self.camera]}
+
+
 class Told(gym.ObservationWrapper):
     """Appends a one-hot of what the policy is told: here it may be another task than the one that is played.
 
@@ -143,6 +162,8 @@ class World:
         kinds: Kinds of observations that policies may have here.
         differences: Of the observation's numbers; see ``RecurrentPolicy``.
         proprioception: So many of the numbers a policy that sees still has.
+        camera: What a policy that sees pictures looks through.
+        numbers: What these numbers are, for pages.
     """
 
     name = "meta_world"
@@ -151,6 +172,8 @@ class World:
     kinds: tuple[str, ...] = ("state", "image")
     differences: tuple[tuple[int, int, int], ...] = META_WORLD_DIFFERENCES
     proprioception = PROPRIOCEPTION
+    camera = CAMERA
+    numbers = f"{PROPRIOCEPTION} numbers: the position of the hand and the opening of the gripper"
 
     @property
     def suite(self) -> EnvSuite:
@@ -223,14 +246,19 @@ class FleetTools(World):
     name = "fleet_tools"
     title = "fleet-tools"
     one = "one task with a tool of its own"
-    kinds = ("state", "points")
+    kinds = ("state", "image", "points")
     differences = FLEET_TOOLS_DIFFERENCES
     proprioception = 15
+    camera = "overhead"
+    numbers = "15 numbers of hand and arm"
 
     def make(self, preset: Preset, task: str, **options: Any) -> gym.Env:
-        """See :class:`World`; clouds are thinned to the preset's number of points."""
+        """See :class:`World`; clouds are thinned to the preset's number of points, pictures are by ``overhead``."""
         if preset.observation == "state":
             return self.suite.make(task, **options)
+        if preset.observation == "image":
+            seen = {"observation": ("state", "overhead"), "image_size": preset.image_size}
+            return Pictured(self.suite.make(task, **seen, **options), "overhead")
         return Thinned(self.suite.make(task, observation=("state", "points"), **options), preset.points)
 
     def check(self, preset: Preset) -> None:

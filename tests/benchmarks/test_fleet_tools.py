@@ -11,6 +11,7 @@ from fleetgym.benchmarks.fleet_merge import Fleet, Job, Preset, preset_from
 from fleetgym.benchmarks.fleet_tools import main
 from fleetgym.benchmarks.fleet_worlds import Place
 from fleetgym.core import Demonstrations, EvalRecord, UserError
+from fleetgym.core.render import choose_gl
 
 TINY = Preset(
     suite="fleet_tools", tasks="Hammer,Knife", robots_per_task=2, demonstrations=2, noise=0.02, hidden=8, warmup=2,
@@ -82,10 +83,20 @@ def test_policies_may_see_points():
     assert sorted(np.unique(observation["points"][3], return_counts=True)[1].tolist()) == [16, 16]
 
 
+@pytest.mark.skipif(choose_gl() == "disable", reason="no OpenGL here")
+def test_policies_may_see_pictures():
+    preset = preset_from("tools_quick", ["observation=image", "image_size=24"])
+    env = preset.world.evaluation(preset, preset.world.places(preset, ["Knife"])[0])
+    observation, _ = env.reset(seed=0)
+    assert env.observation_space.contains(observation) and set(observation) == {"state", "pixels"}
+    assert observation["pixels"].shape == (24, 24, 3) and observation["pixels"].std() > 5
+    env.close()
+
+
 @pytest.mark.parametrize(
     ("override", "words"),
     [
-        (["observation=image"], "unknown observation in fleet-tools 'image'"),
+        (["observation=imag"], "nearest: 'image'"),
         (["robots_per_task=7"], "a tool of its own, and 6 are for training"),
         (["tasks=Hamer"], "Hammer"),
         (["suite=fleet_tool"], "fleet_tools"),
