@@ -54,8 +54,9 @@ class Scene:
         client.setGravity(0, 0, -9.81)
         client.setTimeStep(TIMESTEP)
         client.setPhysicsEngineParameter(deterministicOverlappingPairs=1)
+        # Drawn in this order: what the table hides of the floor is not shaded then.
+        self.table = client.loadURDF(f"{data}/table/table.urdf", [0.5, 0, -0.625], useFixedBase=True)
         client.loadURDF(f"{data}/plane.urdf", [0, 0, -0.63])
-        client.loadURDF(f"{data}/table/table.urdf", [0.5, 0, -0.625], useFixedBase=True)
 
     def put(self, thing: Thing, place: np.ndarray, quaternion: np.ndarray) -> None:
         """Replaces the object by another, at a place [3] with a quaternion [4] (x, y, z, w)."""

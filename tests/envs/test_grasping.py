@@ -171,7 +171,7 @@ def test_pixels_and_metres_are_those_of_the_intrinsics(shared):
         X_WC = X_WH @ poses.HAND_EYE
         for size in (33, 64):
             _, depth, bodies = shared.sim.twin.picture(X_WC, size)
-            rows, columns = np.nonzero(bodies == 1)
+            rows, columns = np.nonzero(bodies == shared.sim.twin.table)
             K = poses.intrinsics(size)
             x, y = (columns + 0.5 - K[0, 2]) / K[0, 0], -(rows + 0.5 - K[1, 2]) / K[1, 1]
             rays = np.stack([x, y, -np.ones_like(x)], 1) @ X_WC[:3, :3].T
@@ -378,6 +378,16 @@ def test_hull_of_a_box():
     np.testing.assert_allclose(centre, [0.1, 0.2, 0.3], atol=1e-12)
     normals = np.cross(corners[:, 1] - corners[:, 0], corners[:, 2] - corners[:, 0])
     assert (((corners.mean(1) - centre) * normals).sum(1) > 0).all()
+
+
+def test_coarse_meshes_keep_their_shape():
+    points = objects._ball(0.05)
+    corners = objects.hull(points)[2]
+    assert objects.coarse(corners, 1000) is corners
+    rough = objects.coarse(corners, 300)
+    assert 150 < len(rough) <= 300
+    volumes = [np.linalg.det(faces).sum() / 6 for faces in (corners, rough)]  # of a closed mesh, turned outwards
+    assert volumes[1] == pytest.approx(volumes[0], rel=0.15)
 
 
 @needs_ycb
