@@ -186,8 +186,7 @@ def corrective(job: Job, own: Demonstrations) -> tuple[Demonstrations, Report]:
     from fleetgym.envs.grasping.poses import FOV
 
     preset, camera = job.preset, eye(job.preset)
-    # TinyRenderer shows what lies at a pixel's left and lower edges, not at its middle.
-    lens = Intrinsics.from_fov(FOV, preset.image_size, preset.image_size, shift=(0.5, -0.5))
+    lens = Intrinsics.from_fov(FOV, preset.image_size, preset.image_size)
     noise = Noise(preset.translation, preset.rotation)
     if job.method == "homography":
         noise = AboutTheEye(0.0, preset.rotation, hand_eye=camera.hand_eye)
