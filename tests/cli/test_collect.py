@@ -72,8 +72,13 @@ def test_ctrl_c_keeps_what_is_finished(tmp_path, capsys, monkeypatch, workers):
         yield advance
 
     monkeypatch.setattr(targets, "episode_bar", impatient)
+    # A shell's background jobs ignore Ctrl-C, and so would the tests that are run in one: without end.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     words = ["collect", "reach-v3", "--episodes", "100000", "--workers", workers, "--max-steps", "10", "--keep", "all"]
-    assert main([*words, "--out", str(tmp_path / "part")]) == 130
+    try:
+        assert main([*words, "--out", str(tmp_path / "part")]) == 130
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert capsys.readouterr().err == "interrupted\n"
     kept = Demonstrations.load(tmp_path / "part")
     assert len(kept) == 20 and kept.info["interrupted"]
