@@ -42,6 +42,8 @@ _WARM = 10
 _DECAY = 0.1
 # How far apart, as a share of the distance, two views' surfaces may be to count as one.
 _TOLERANCE = 0.1
+# How many views a picture takes from, and how many metres a turn by one radian is worth when the nearest are chosen.
+_NEAREST, _TURN = 8, 0.2
 # Rays of the training views on which a fit is judged.
 _JUDGED = 4096
 SCHEMA = "fleetgym.voxels/1"
@@ -119,7 +121,8 @@ class _Layout:
         """What the kernels want: levels, extents, sizes, starts, edges."""
         sizes = np.array([size for size, _ in self.grids], np.int64)
         extents = np.array([extent for _, extent in self.grids], dtype)
-        return (sizes - 1).astype(dtype), extents, sizes, np.array(self.starts), self.edges().astype(dtype)
+        levels = np.stack([sizes - 1, (sizes - 1) / np.where(extents == 0, 4, 2 * extents)]).astype(dtype)
+        return levels, extents, sizes, np.array(self.starts), self.edges().astype(dtype)
 
 
 class _Grids:
@@ -260,7 +263,7 @@ class Voxels:
                     self.centres[n], out[row].reshape(-1, 5),
                 )  # fmt: skip
                 if n in self.views:
-                    _mend(self.views[n], self.intrinsics, rays(poses[row], camera).reshape(-1, 6), out[row])
+                    _mend(self.views[n], self.intrinsics, poses[row], rays(poses[row], camera).reshape(-1, 6), out[row])
         else:
             chosen = torch.as_tensor(list(scenes), device=density.device)
             where = torch.as_tensor(self.centres, dtype=density.dtype, device=density.device)
@@ -356,14 +359,20 @@ def _draw_numba(
     )  # fmt: skip
 
 
-def _mend(kept: dict[str, Tensor], camera: Intrinsics, lines: np.ndarray, drawn: np.ndarray) -> None:
-    """Adds to pictures [M, h, w, 5] what the field lacks of its views."""
+def _mend(kept: dict[str, Tensor], camera: Intrinsics, poses: np.ndarray, lines: np.ndarray, drawn: np.ndarray) -> None:
+    """Adds to pictures [M, h, w, 5] from ``poses`` what the field lacks of the views nearest to each."""
     kind = lines.dtype
-    arrays = [kept[name].numpy() for name in ("poses", "residual", "distance", "masks")]
-    kernels.mend(
-        kernels.constants(kind), lines, drawn.reshape(-1, 5), arrays[0].astype(kind), *arrays[1:],
-        np.array([camera.fx, camera.fy, camera.cx, camera.cy], kind), kind.type(_TOLERANCE),
-    )  # fmt: skip
+    views = kept["poses"].numpy()
+    arrays = [kept[name].numpy() for name in ("residual", "distance", "masks")]
+    lens = np.array([camera.fx, camera.fy, camera.cx, camera.cy], kind)
+    for pose, line, picture in zip(poses, lines.reshape(*drawn.shape[:-1], 6), drawn):
+        turned = np.arccos(np.clip(views[:, :3, 2] @ pose[:3, 2], -1, 1))
+        apart = np.linalg.norm(views[:, :3, 3] - pose[:3, 3], axis=1) + _TURN * turned
+        near = np.sort(np.argsort(apart, kind="stable")[:_NEAREST])
+        kernels.mend(
+            kernels.constants(kind), line.reshape(-1, 6), picture.reshape(-1, 5), views[near].astype(kind),
+            *(array[near] for array in arrays), lens, kind.type(_TOLERANCE),
+        )  # fmt: skip
 
 
 def _keep(fields: Voxels, n: int, capture: Capture) -> dict[str, Tensor]:

@@ -37,7 +37,10 @@ DARK = 1e-4
 
 def constants(dtype: np.dtype) -> tuple:
     """The numbers that the kernels compute with, in the type of their arrays."""
-    return tuple(np.dtype(dtype).type(x) for x in (0, 1, 2, GAIN, SHIFT, FLOOR, DARK, 1e-10, 0, 1e-3, 100, 0.03, 0.3))
+    return tuple(
+        np.dtype(dtype).type(x)
+        for x in (0, 1, 2, GAIN, SHIFT, FLOOR, DARK, 1e-10, 0, 1e-3, 100, 0.03, 0.3, 0.01, 1 / 2, 1 / 3)
+    )
 
 
 def _compiled(function):
@@ -56,16 +59,14 @@ def _corners(k, ray, t, centre, scale, levels, extents, sizes, starts, nodes, pa
     qz = (ray[2] + t * ray[5] - centre[2]) / scale
     m = max(abs(qx), max(abs(qy), abs(qz)))
     for g in range(len(sizes)):
-        last = levels[g]
+        last, half = levels[0, g], levels[1, g]
         if extents[g] == zero:
             grow = one if m <= one else (two - one / m) / m
-            half = last / (two + two)
             x, y, z = (qx * grow + two) * half, (qy * grow + two) * half, (qz * grow + two) * half
         else:
             if m >= extents[g]:
                 nodes[g] = -1
                 continue
-            half = last / (two * extents[g])
             e = extents[g]
             x, y, z = (qx + e) * half, (qy + e) * half, (qz + e) * half
         i = min(max(np.floor(x), zero), last - one)
@@ -110,9 +111,12 @@ def _raw_density(zero, density, sizes, nodes, parts):
 
 
 @_compiled
-def _softplus(x):
-    # log(1 + e^x) without overflow
-    return max(x, x - x) + math.log1p(math.exp(-abs(x)))
+def _softplus(k, x):
+    # log(1 + e^x) without overflow; where the exponential is small, its series to the type's precision
+    e = math.exp(-abs(x))
+    if e < k[13]:
+        return max(x, k[0]) + e * (k[1] - e * (k[14] - e * k[15]))
+    return max(x, k[0]) + math.log1p(e)
 
 
 @_compiled
@@ -165,7 +169,7 @@ def _place(
         coarse[s] = edges[s] + step * to[s]
         _corners(k, ray, coarse[s], centre, scale, levels, extents, sizes, starts, nodes, parts)
         raw = _raw_density(zero, density, sizes, nodes, parts)
-        left = light * math.exp(-k[3] * _softplus(raw - k[4]) * step)
+        left = light * math.exp(-k[3] * _softplus(k, raw - k[4]) * step)
         weight[s] = light - left + k[5]
         light = left
         if light < k[6]:
@@ -249,7 +253,7 @@ def _shade(
         r = one / (one + math.exp(-r))
         g = one / (one + math.exp(-g))
         b = one / (one + math.exp(-b))
-        left = light * math.exp(-k[3] * _softplus(raw - k[4]) * to[s])
+        left = light * math.exp(-k[3] * _softplus(k, raw - k[4]) * to[s])
         w = light - left
         light = left
         raws[0, s], raws[1, s], raws[2, s] = raw, w, left
@@ -274,7 +278,7 @@ def draw(k, rays, density, colour, centre, scale, levels, extents, sizes, starts
         colour: Raw, [P, 3].
         centre: [3], metres.
         scale: Metres.
-        levels: The sizes less one, as numbers of the arrays' type, [L].
+        levels: The sizes less one, and cells per unit of the place in the grid, [2, L].
         extents: [L].
         sizes: [L], int64.
         starts: Where each grid begins, [L], int64.
@@ -319,7 +323,7 @@ def step(
         colour: Raw, [P, 3].
         centre: [3].
         scale: Metres.
-        levels: [L].
+        levels: [2, L].
         extents: [L].
         sizes: [L].
         starts: [L].
