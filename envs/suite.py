@@ -201,6 +201,32 @@ def _load(path: str) -> Any:
     return getattr(importlib.import_module(module), attribute)
 
 
+def resolve_task_set(
+    world: str, task_set: str | Sequence[str], splits: Mapping[str, tuple[str, ...]], check: Callable[[str], str]
+) -> tuple[str, ...]:
+    """The tasks of a split's name, or of a sequence of task names, each of which has one place in a one-hot.
+
+    Args:
+        world: What messages call it.
+        task_set: A split's name or task names.
+        splits: By name.
+        check: Gives a task's name back, or raises.
+
+    Raises:
+        UserError: Unknown split or task, no tasks, or a task named twice.
+    """
+    if isinstance(task_set, str):
+        if task_set not in splits:
+            raise unknown(f"{world} task set", task_set, splits)
+        return splits[task_set]
+    tasks = tuple(check(task) for task in task_set)
+    if not tasks:
+        raise UserError(f"the task set is empty; name tasks, or one of {', '.join(splits)}")
+    if len(set(tasks)) < len(tasks):
+        raise UserError(f"the task set {tasks} names a task twice; each has one place in the one-hot")
+    return tasks
+
+
 def suite(name: str) -> EnvSuite:
     """The suite of that name.
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from fleetgym.core.errors import UserError, unknown
+from fleetgym.core.errors import unknown
+from fleetgym.envs.suite import resolve_task_set as resolve
 
 #: Control steps after which an episode is truncated, and seconds of a control step.
 HORIZON = 120
@@ -50,18 +51,5 @@ def env_id(task: str, arm: str = "panda") -> str:
 
 
 def resolve_task_set(task_set: str | Sequence[str]) -> tuple[str, ...]:
-    """The tasks of a split's name, or of a sequence of task names.
-
-    Raises:
-        UserError: Unknown split or task, no tasks, or a task named twice.
-    """
-    if isinstance(task_set, str):
-        if task_set not in SPLITS:
-            raise unknown("fleet-tools task set", task_set, SPLITS)
-        return SPLITS[task_set]
-    tasks = tuple(check_task(task) for task in task_set)
-    if not tasks:
-        raise UserError(f"the task set is empty; name tasks, or one of {', '.join(SPLITS)}")
-    if len(set(tasks)) < len(tasks):
-        raise UserError(f"the task set {tasks} names a task twice; each has one place in the one-hot")
-    return tasks
+    """See :func:`fleetgym.envs.suite.resolve_task_set`."""
+    return resolve("fleet-tools", task_set, SPLITS, check_task)

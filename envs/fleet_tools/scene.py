@@ -18,7 +18,7 @@ import numpy as np  # noqa: E402
 
 #: Where the arm begins, between its finger tips, metres.
 START = np.array([0.42, 0.0, 0.3])
-#: Groups of shapes: MuJoCo draws groups 0-2. Collision bits: 1 everything that touches, 2 links and what stands still.
+#: Of MuJoCo, seconds.
 TIMESTEP = 0.004
 #: The hand alone stands on three slides and a ball joint between its finger tips, with a servo for each of the six
 #: directions: stiffness, N/m and N m/rad, damping, N s/m and N m s/rad, and largest force and torque, N and N m. The
