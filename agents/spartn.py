@@ -112,14 +112,13 @@ Renderer = Callable[[Episode, np.ndarray], tuple[np.ndarray, Mapping[str, Any]]]
 
 
 def approach(episode: Episode) -> int:
-    """How many steps of an episode come before the gripper closes or touches: those of the approach.
+    """How many steps of an episode begin before the gripper closes: those of the approach.
 
-    In the grasping suite the grasp is scripted and happens within the last step, so all steps do.
+    The info ``grasping`` is true in the step at whose end the fingers close, as the grasping suite's environments tell
+    it (``collect(..., infos=("grasping",))`` keeps it). Where nobody has kept it, all steps count: there the script
+    closes the fingers within the last step.
     """
-    flags = episode.infos.get("grasping")
-    if flags is None:
-        return episode.length
-    closing = np.flatnonzero(flags)
+    closing = np.flatnonzero(episode.infos.get("grasping", ()))
     return int(closing[0]) + 1 if len(closing) else episode.length
 
 
@@ -222,8 +221,9 @@ def field_renderer(
         eye: The camera.
         left_out: Views that a second fit leaves out, evenly over the approach, to measure quality on: it doubles the
             cost. 0 measures nothing.
-        grasp: Where the fingers close, in the hand's frame [3], metres: the field's centre is there at the last
-            demonstrated pose, as there the object is.
+        grasp: Where the fingers close, in the hand's frame [3], metres. The field's centre is there at the pose that
+            the last action of the approach commands, as there the object is. (What is observed after it comes too
+            late: the hand has lifted the object by then.)
         **options: Of ``fit``.
     """
 
@@ -233,7 +233,8 @@ def field_renderer(
         return capture(episode.observations["rgb"][at], poses, masks)
 
     def fitted(episode: Episode, at: np.ndarray) -> Any:
-        last = episode.observations["pose"][approach(episode)]
+        steps = approach(episode)
+        last = episode.observations["pose"][steps - 1] @ eye.motion(episode.actions[steps - 1])
         return fit([views(episode, at)], centre=last[:3, :3] @ np.asarray(grasp) + last[:3, 3], **options)
 
     def render(episode: Episode, poses: np.ndarray) -> tuple[np.ndarray, Mapping[str, Any]]:

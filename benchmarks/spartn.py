@@ -161,6 +161,7 @@ def collect_demonstrations(preset: Preset, folder: str, seed: int, *, protocol: 
             dataset=path,
             overwrite=True,
             task=preset.task,
+            infos=("grasping",),
             on_episode=lambda index, episode, n=number: report(f"{name}, seed {seed}", index + 1, n),
         )
         if len(found) >= preset.demonstrations:

@@ -115,7 +115,8 @@ class GraspingEnv(gym.Env):
 
     `terminated` is True at step `horizon`, or when the object is between the fingers, near the palm; fingers then close
     and lift, within that step. It is also True, without a lift, when the object has fallen by 3 cm. `truncated` is
-    never True. Further steps raise `gymnasium.error.ResetNeeded`.
+    never True. `info["grasping"]` is True in the step in which the fingers close. Further steps raise
+    `gymnasium.error.ResetNeeded`.
 
     ## Disturbance
 
@@ -247,7 +248,8 @@ class GraspingEnv(gym.Env):
             options: ``object``, the name of one of ``objects``.
 
         Returns:
-            The observation, and an info with ``success`` (False), ``knocked`` (False), ``object`` and ``redrawn``.
+            The observation, and an info with ``success``, ``grasping`` and ``knocked`` (False), ``object`` and
+            ``redrawn``.
 
         Raises:
             UserError: An unknown option or object, or no scene could be found in which the object can be grasped.
@@ -279,7 +281,8 @@ class GraspingEnv(gym.Env):
             )
         self._knocks = [rng.uniform(-KNOCK, KNOCK) for _ in KNOCK_STEPS]
         self._steps, self._running = 0, True
-        info = {"success": False, "knocked": False, "object": self.object, "redrawn": reasons.total()}
+        info = {"success": False, "grasping": False, "knocked": False}
+        info |= {"object": self.object, "redrawn": reasons.total()}
         return self._observe(), info
 
     def _begin(self, rng: np.random.Generator, name: str, thing: Thing) -> str | None:
@@ -377,13 +380,13 @@ class GraspingEnv(gym.Env):
         knocked = not last and self.disturbance == "knocks" and self._steps in KNOCK_STEPS
         if knocked:
             self._knock(self._knocks[KNOCK_STEPS.index(self._steps)])
-        success = False
+        success, grasping = False, last and not fallen
         if last:
             self._running = False
-            if not fallen:
-                sim.close_and_lift()
-                success = bool(sim.object_pose()[2, 3] > self._height + RISE)
-        info = {"success": success, "knocked": knocked, "object": self.object}
+        if grasping:
+            sim.close_and_lift()
+            success = bool(sim.object_pose()[2, 3] > self._height + RISE)
+        info = {"success": success, "grasping": bool(grasping), "knocked": knocked, "object": self.object}
         return self._observe(), float(success), last, False, info
 
     def _between(self) -> bool:

@@ -9,6 +9,7 @@ from fleetgym.agents.spartn import (
     AboutTheEye,
     EyeInHand,
     Noise,
+    approach,
     augment,
     field_renderer,
     homography_renderer,
@@ -104,6 +105,29 @@ def test_the_gripper_is_pasted_and_the_rest_is_drawn_from_the_eye():
         assert (pictures[:, ~EYE.gripper] == 77).all()
 
 
+def test_what_comes_after_the_fingers_close_is_not_used():
+    whole = demonstration(2)
+    lifted = whole.observations["pose"].copy()
+    lifted[6:, 2, 3] += 0.25  # the hand lifts within the sixth step and after it
+    flags = np.arange(7) == 5
+    episode = Episode(
+        2, {**whole.observations, "pose": lifted}, whole.actions, whole.rewards, *[whole.terminations] * 2, True,
+        {"grasping": flags},
+    )  # fmt: skip
+    assert approach(episode) == 6 and approach(whole) == 7
+    made, row = augment(episode, EYE, grey, number=2)
+    assert row["views"] == 6 and row["made"] == 12 and max(one.infos["step"].max() for one in made) == 5
+    centres = []
+
+    def fit(captures, centre):
+        centres.append(centre)
+        raise UserError("enough")
+
+    augment(episode, EYE, field_renderer(fit, lambda *parts: parts, EYE), number=1)
+    # Between the fingers where they closed, not where the lifted hand is.
+    np.testing.assert_allclose(centres[0], (whole.observations["pose"][6] @ [0, 0, 0.1034, 1])[:3], atol=1e-6)
+
+
 def test_low_poses_are_dropped_and_large_labels_are_cut():
     episode = demonstration(0)
     high = float(episode.observations["pose"][4, 2, 3])
@@ -148,7 +172,7 @@ def test_a_field_sees_each_view_and_its_mask_and_is_measured_on_others():
     _, row = augment(episode, EYE, render, number=1)
     (held, _), (whole, options) = calls
     assert len(held[0][0]) == 5 and len(whole[0][0]) == 7 and options["iterations"] == 5
-    last = episode.observations["pose"][7]
+    last = episode.observations["pose"][6] @ EYE.motion(episode.actions[6])
     np.testing.assert_allclose(options["centre"], (last @ [0, 0, 0.1034, 1])[:3])
     np.testing.assert_allclose(whole[0][1], episode.observations["pose"][:7] @ EYE.hand_eye)
     assert (whole[0][2] == ~EYE.gripper).all()

@@ -223,6 +223,7 @@ def test_the_expert_lifts(family):
         observations, infos, total = play(env, seed)
         successes.append(infos[-1]["success"])
         assert total == infos[-1]["success"] and not any(info["success"] for info in infos[:-1])
+        assert [info["grasping"] for info in infos] == [False] * (len(infos) - 1) + [True]
         assert len(infos) <= 21
         if successes[-1]:
             assert observations[-1]["state"][18] - observations[0]["state"][18] > 0.08
