@@ -13,18 +13,29 @@ of views and the fields are ours.
 
 from __future__ import annotations
 
+import contextlib
+import os
+import pickle
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from concurrent.futures import Executor, as_completed
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
+from gymnasium import spaces
 
 from fleetgym.core import se3
+from fleetgym.core.checkpoint import load_tensors, save_tensors
 from fleetgym.core.demonstrations import Demonstrations
 from fleetgym.core.errors import UserError
+from fleetgym.core.files import atomic_write, jsonable, read_json, write_json
 from fleetgym.core.rollout import Episode
+from fleetgym.core.run import Run
 from fleetgym.core.seeding import generator
+from fleetgym.core.workers import worker_pool
 
 
 @dataclass(frozen=True)
@@ -93,7 +104,7 @@ class Report:
     Attributes:
         rows: For each: ``seed``, ``views``, ``psnr`` (dB, on views left out of a fit; None where none was), ``made``
             and ``rejected`` (pictures), ``clipped`` (share of labels beyond the limits), ``cpu_seconds``, ``failed``
-            (why there are no pictures of it; None if there are).
+            (why there are no pictures of it; None if there are); and the notes of the renderer.
     """
 
     rows: list[dict[str, Any]] = field(default_factory=list)
@@ -107,7 +118,8 @@ class Report:
         return words + (f", held-out views {np.mean(known):.1f} dB" if known else "")
 
 
-#: ``render(episode, poses of the camera [M, 4, 4]) -> pictures [M, h, w, 3] uint8``, and notes on how.
+#: ``render(episode, poses of the camera [M, 4, 4]) -> pictures [M, h, w, 3] uint8``, and notes for the report's row. A
+#: note ``aside_seconds`` is processor time that went into measuring, and does not count as the row's ``cpu_seconds``.
 Renderer = Callable[[Episode, np.ndarray], tuple[np.ndarray, Mapping[str, Any]]]
 
 
@@ -144,26 +156,27 @@ def augment(
 
     Returns:
         ``number`` episodes of unconnected steps (each has its own error), without those that were rejected; and a row
-        of :class:`Report`.
+        of :class:`Report`. They observe ``rgb``, ``pose`` and ``remaining``; what else the demonstration observes is
+        not known from there.
 
     Raises:
         UserError: Observations without picture, pose or remaining time; poses that are not rigid.
     """
     began = time.process_time()
     noise = noise or Noise()
+    _check(episode)
     observations = episode.observations
-    for key in ("rgb", "pose", "remaining"):
-        if not isinstance(observations, Mapping) or key not in observations:
-            found = sorted(observations) if isinstance(observations, Mapping) else type(observations).__name__
-            raise UserError(f"a demonstration of seed {episode.seed} observes {found}; {key!r} is needed")
     steps = approach(episode)
-    hands = se3.check(observations["pose"][:steps], f"the hand's pose in the demonstration of seed {episode.seed}")
+    hands = np.asarray(observations["pose"][:steps], np.float64)
     errors = noise.draw(generator("spartn", seed, int(episode.seed or 0)), steps, number)
     erred = hands @ errors
     kept = erred[..., 2, 3] >= noise.lowest
     labels = eye.action(se3.inverse(errors) @ eye.motion(episode.actions[:steps]))
-    row = {"seed": episode.seed, "views": steps, "psnr": None, "made": 0, "rejected": 0, "clipped": 0.0, "failed": None}
+    row = {"seed": episode.seed, "views": steps, "psnr": None, "made": 0, "rejected": int((~kept).sum())}
+    row |= {"clipped": 0.0, "failed": None}
     try:
+        if not kept.any():
+            raise UserError(f"all poses beside it are lower than lowest={noise.lowest}; lower that, or the noise")
         pictures, notes = render(episode, (erred @ eye.hand_eye)[kept])
     except UserError as error:
         return [], {**row, "failed": str(error), "cpu_seconds": round(time.process_time() - began, 2)}
@@ -178,13 +191,27 @@ def augment(
             continue
         step = at[mine]
         # The last observation of an episode is not acted on; the format has one.
-        later = np.append(mine, mine[-1])
-        seen = {key: values[np.append(step, step[-1])] for key, values in observations.items() if key != "rgb"}
-        seen |= {"rgb": pictures[later], "pose": erred[index, np.append(step, step[-1])]}
+        later, again = np.append(mine, mine[-1]), np.append(step, step[-1])
+        seen = {"rgb": pictures[later], "pose": erred[index, again], "remaining": observations["remaining"][again]}
         actions = np.clip(labels[index, step], -1.0, 1.0).astype(np.float32)
-        made.append(_steps(episode, {key: seen[key] for key in observations if key in seen}, actions, step))
-    row |= {"made": int(kept.sum()), "rejected": int((~kept).sum()), "clipped": float(beyond[kept].mean())}
-    return made, {**row, **notes, "cpu_seconds": round(time.process_time() - began, 2)}
+        made.append(_steps(episode, seen, actions, step))
+    spent = time.process_time() - began - notes.get("aside_seconds", 0.0)
+    row |= {"made": int(kept.sum()), "clipped": float(beyond[kept].mean())}
+    return made, {**row, **notes, "cpu_seconds": round(spent, 2)}
+
+
+#: What corrective steps observe.
+_SEEN = ("rgb", "pose", "remaining")
+
+
+def _check(episode: Episode) -> None:
+    """Raises ``UserError`` if an episode is no demonstration that can be augmented."""
+    observations = episode.observations
+    for key in _SEEN:
+        if not isinstance(observations, Mapping) or key not in observations:
+            found = sorted(observations) if isinstance(observations, Mapping) else type(observations).__name__
+            raise UserError(f"a demonstration of seed {episode.seed} observes {found}; {key!r} is needed")
+    se3.check(observations["pose"][: approach(episode)], f"the hand's pose in the demonstration of seed {episode.seed}")
 
 
 def _steps(episode: Episode, observations: dict[str, np.ndarray], actions: np.ndarray, at: np.ndarray) -> Episode:
@@ -203,6 +230,42 @@ def _steps(episode: Episode, observations: dict[str, np.ndarray], actions: np.nd
     )
 
 
+@dataclass(frozen=True)
+class _FieldRenderer:
+    """See :func:`field_renderer`; an object, so that it goes to worker processes."""
+
+    fit: Callable[..., Any]
+    capture: Callable[..., Any]
+    eye: EyeInHand
+    left_out: int
+    grasp: np.ndarray
+    options: dict[str, Any]
+
+    def _fitted(self, episode: Episode, at: np.ndarray) -> Any:
+        steps = approach(episode)
+        hands = episode.observations["pose"]
+        masks = np.broadcast_to(~self.eye.gripper, (len(at), *self.eye.gripper.shape))
+        views = self.capture(episode.observations["rgb"][at], hands[at] @ self.eye.hand_eye, masks)
+        last = hands[steps - 1] @ self.eye.motion(episode.actions[steps - 1])
+        return self.fit([views], centre=last[:3, :3] @ self.grasp + last[:3, 3], **self.options)
+
+    def __call__(self, episode: Episode, poses: np.ndarray) -> tuple[np.ndarray, Mapping[str, Any]]:
+        steps = approach(episode)
+        notes: dict[str, Any] = {}
+        if self.left_out:
+            out = np.linspace(1, steps - 2, self.left_out).round().astype(int)
+            rest = np.setdiff1d(np.arange(steps), out)
+            seen = self._fitted(episode, rest).render(episode.observations["pose"][out] @ self.eye.hand_eye)[0]
+            notes["psnr"] = psnr(seen, episode.observations["rgb"][out], ~self.eye.gripper)
+        began = time.process_time()
+        fields = self._fitted(episode, np.arange(steps))
+        fitted = time.process_time()
+        pictures = fields.render(poses)[0]
+        notes["fit_seconds"] = round(fitted - began, 3)
+        notes["render_ms"] = round(1000 * (time.process_time() - fitted) / max(len(poses), 1), 2)
+        return pictures, notes
+
+
 def field_renderer(
     fit: Callable[..., Any],
     capture: Callable[..., Any],
@@ -214,10 +277,13 @@ def field_renderer(
 ) -> Renderer:
     """A renderer that fits a field to each demonstration's own pictures.
 
+    Its notes are ``fit_seconds`` and ``render_ms`` (of a picture), processor time, and ``psnr`` if views are left out.
+
     Args:
         fit: ``fit(captures, centre=, **options)`` gives fields with ``render(poses)``, such as
             ``functools.partial(fleetgym.envs.fields.fit, "voxel")``.
-        capture: ``capture(images, poses, masks)`` makes a capture of one scene.
+        capture: ``capture(images, poses, masks)`` makes a capture of one scene. For worker processes both must pickle:
+            functions at the top of a module, or ``functools.partial`` of such.
         eye: The camera.
         left_out: Views that a second fit leaves out, evenly over the approach, to measure quality on: it doubles the
             cost. 0 measures nothing.
@@ -226,28 +292,7 @@ def field_renderer(
             late: the hand has lifted the object by then.)
         **options: Of ``fit``.
     """
-
-    def views(episode: Episode, at: np.ndarray) -> Any:
-        poses = episode.observations["pose"][at] @ eye.hand_eye
-        masks = np.broadcast_to(~eye.gripper, (len(at), *eye.gripper.shape))
-        return capture(episode.observations["rgb"][at], poses, masks)
-
-    def fitted(episode: Episode, at: np.ndarray) -> Any:
-        steps = approach(episode)
-        last = episode.observations["pose"][steps - 1] @ eye.motion(episode.actions[steps - 1])
-        return fit([views(episode, at)], centre=last[:3, :3] @ np.asarray(grasp) + last[:3, 3], **options)
-
-    def render(episode: Episode, poses: np.ndarray) -> tuple[np.ndarray, Mapping[str, Any]]:
-        steps = approach(episode)
-        notes: dict[str, Any] = {}
-        if left_out:
-            out = np.linspace(1, steps - 2, left_out).round().astype(int)
-            rest = np.setdiff1d(np.arange(steps), out)
-            seen = fitted(episode, rest).render(episode.observations["pose"][out] @ eye.hand_eye)[0]
-            notes["psnr"] = psnr(seen, episode.observations["rgb"][out], ~eye.gripper)
-        return fitted(episode, np.arange(steps)).render(poses)[0], notes
-
-    return render
+    return _FieldRenderer(fit, capture, eye, left_out, np.asarray(grasp, np.float64), options)
 
 
 def psnr(pictures: np.ndarray, wanted: np.ndarray, mask: np.ndarray | None = None) -> float:
@@ -265,9 +310,14 @@ def spartn(
     number: int = 6,
     noise: Noise | None = None,
     seed: int = 0,
+    folder: str | os.PathLike | None = None,
+    workers: int = 1,
+    executor: Executor | None = None,
     report: Callable[[int, int, str], None] | None = None,
 ) -> tuple[Demonstrations, Report]:
     """Demonstrations -> corrective demonstrations. A field that cannot be fitted costs its own demonstration only.
+
+    The result depends neither on the number of workers nor on interruptions.
 
     Args:
         demonstrations: See :func:`augment`.
@@ -276,27 +326,108 @@ def spartn(
         number: Pictures beside each step.
         noise: Where from.
         seed: Seed of the noise.
+        folder: Where each demonstration's pictures are written when they are finished; what is there already is read
+            instead of made. It belongs to these demonstrations, noise and seed; use one for each renderer. None keeps
+            all in memory.
+        workers: Processes that work on a demonstration each; ``render`` must pickle if there are several.
+        executor: Takes the place of ``workers``: a ``concurrent.futures`` executor.
         report: Called with (done, of how many, words) after each demonstration.
 
     Returns:
         The corrective demonstrations alone, and what became of each.
 
     Raises:
-        UserError: See :func:`augment`; or not one field could be fitted.
+        UserError: See :func:`augment`; not one field could be fitted; the folder belongs to another augmentation; no
+            workers, or a renderer that does not pickle.
     """
-    episodes: list[Episode] = []
-    found = Report()
-    for done, episode in enumerate(demonstrations, start=1):
-        made, row = augment(episode, eye, render, number=number, noise=noise, seed=seed)
-        episodes += made
-        found.rows.append(row)
+    noise = noise or Noise()
+    if workers < 1:
+        raise UserError(f"{workers} workers: at least 1 is needed")
+    for episode in demonstrations:
+        _check(episode)
+    lean = [
+        replace(episode, observations={key: episode.observations[key] for key in _SEEN}) for episode in demonstrations
+    ]
+    place = None if folder is None else Path(folder)
+    done: dict[int, tuple[list[Episode], dict[str, Any]]] = {}
+
+    def note(index: int, result: tuple[list[Episode], dict[str, Any]]) -> None:
+        done[index] = result
         if report is not None:
-            report(done, len(demonstrations), str(found))
-    return gathered(episodes, demonstrations, found), found
+            report(len(done), len(lean), str(Report([row for _, row in done.values()])))
+
+    with contextlib.ExitStack() as stack:
+        if place is not None:
+            settings = {"number": number, "noise": {"kind": type(noise).__name__, **asdict(noise)}, "seed": seed}
+            settings["demonstrations"] = [[episode.seed, approach(episode)] for episode in lean]
+            stack.enter_context(Run.open(place, settings, resume=True, name="corrective views", tensorboard=False))
+            for index, episode in enumerate(lean):
+                if (found := _read(place, index, episode)) is not None:
+                    note(index, found)
+        todo = [index for index in range(len(lean)) if index not in done]
+        options = {"number": number, "noise": noise, "seed": seed}
+        if executor is None and workers > 1 and len(todo) > 1:
+            executor = stack.enter_context(worker_pool(min(workers, len(todo)), wait=False))
+        if executor is None:
+            for index in todo:
+                note(index, _augmented(place, index, lean[index], eye, render, options))
+        elif todo:
+            try:
+                pickle.dumps((eye, render, options))
+            except Exception as error:
+                raise UserError(
+                    f"the renderer must be picklable to go to worker processes ({error}); use functions defined at the "
+                    "top of a module, or workers=1"
+                ) from error
+            futures = {executor.submit(_augmented, place, i, lean[i], eye, render, options): i for i in todo}
+            try:
+                for future in as_completed(futures):
+                    note(futures[future], future.result())
+            except BaseException:
+                for future in futures:
+                    future.cancel()
+                raise
+    result = Report([done[index][1] for index in range(len(lean))])
+    return gathered([one for index in range(len(lean)) for one in done[index][0]], demonstrations, result), result
+
+
+def _augmented(
+    folder: Path | None, index: int, episode: Episode, eye: EyeInHand, render: Renderer, options: Mapping[str, Any]
+) -> tuple[list[Episode], dict[str, Any]]:
+    """:func:`augment`, and its result is written."""
+    made, row = augment(episode, eye, render, **options)
+    if folder is not None:
+        parts = {
+            f"{number}.{name}": torch.from_numpy(np.ascontiguousarray(value))
+            for number, one in enumerate(made)
+            for name, value in {**one.observations, "action": one.actions, "step": one.infos["step"]}.items()
+        }
+        with atomic_write(folder / f"{index:05d}.safetensors") as temporary:
+            digest = save_tensors(temporary, parts)
+        # It comes last, so that its presence says that all is there.
+        write_json(folder / f"{index:05d}.json", {"sha256": digest, "row": jsonable(row)})
+    return made, row
+
+
+def _read(folder: Path, index: int, episode: Episode) -> tuple[list[Episode], dict[str, Any]] | None:
+    """What :func:`_augmented` has written; None if it has not, or if it is damaged: then it is made again."""
+    try:
+        note = read_json(folder / f"{index:05d}.json")
+        parts = load_tensors(folder / f"{index:05d}.safetensors", sha256=note["sha256"])
+        made: dict[int, dict[str, np.ndarray]] = {}
+        for name, value in parts.items():
+            number, _, key = name.partition(".")
+            made.setdefault(int(number), {})[key] = value.numpy()
+        return [
+            _steps(episode, {key: made[number][key] for key in _SEEN}, made[number]["action"], made[number]["step"])
+            for number in sorted(made)
+        ], note["row"]
+    except (UserError, KeyError, TypeError, ValueError):
+        return None
 
 
 def gathered(episodes: Sequence[Episode], like: Demonstrations, found: Report) -> Demonstrations:
-    """Corrective episodes as demonstrations with the spaces of those that they were made of.
+    """Corrective episodes as demonstrations, with the spaces of those that they were made of.
 
     Raises:
         UserError: There are none; the message says why the first field failed.
@@ -304,25 +435,23 @@ def gathered(episodes: Sequence[Episode], like: Demonstrations, found: Report) -
     if not episodes:
         reasons = [row["failed"] for row in found.rows if row["failed"]]
         raise UserError(f"none of {len(found.rows)} demonstrations gave corrective pictures; the first: {reasons[:1]}")
-    spaces = {"observation_space": like.observation_space, "action_space": like.action_space}
-    return Demonstrations(list(episodes), **spaces, info={"augmented": True, "made_of": len(found.rows)})
+    space = like.observation_space
+    if isinstance(space, spaces.Dict):
+        space = spaces.Dict({key: part for key, part in space.items() if key in _SEEN})
+    info = {"augmented": True, "made_of": len(found.rows)}
+    return Demonstrations(list(episodes), observation_space=space, action_space=like.action_space, info=info)
 
 
-def homography_renderer(eye: EyeInHand, focal: float) -> Renderer:
-    """A renderer without geometry: it turns the demonstrated pictures about the camera, and nothing else.
+@dataclass(frozen=True)
+class _HomographyRenderer:
+    """See :func:`homography_renderer`."""
 
-    Only the rotation of the nearest demonstrated view's camera to the wanted one is shown, by the homography
-    ``K R K^-1``; what lies outside of the picture repeats its border. Translations are not seen at all, so use
-    it with errors that turn the camera about itself: :func:`about_the_eye`.
+    eye: EyeInHand
+    focal: float
 
-    Args:
-        eye: The camera.
-        focal: Focal length, pixels; the principal point is the middle of the picture.
-    """
-
-    def render(episode: Episode, poses: np.ndarray) -> tuple[np.ndarray, Mapping[str, Any]]:
-        steps = approach(episode)
-        own = episode.observations["pose"][:steps] @ eye.hand_eye
+    def __call__(self, episode: Episode, poses: np.ndarray) -> tuple[np.ndarray, Mapping[str, Any]]:
+        steps, focal = approach(episode), self.focal
+        own = episode.observations["pose"][:steps] @ self.eye.hand_eye
         images = episode.observations["rgb"][:steps]
         height, width = images.shape[1:3]
         rows, columns = np.mgrid[:height, :width].astype(np.float64)
@@ -341,7 +470,19 @@ def homography_renderer(eye: EyeInHand, focal: float) -> Renderer:
             out[index] = _sampled(images[nearest], row, column)
         return out, {}
 
-    return render
+
+def homography_renderer(eye: EyeInHand, focal: float) -> Renderer:
+    """A renderer without geometry: it turns the demonstrated pictures about the camera, and nothing else.
+
+    Only the rotation of the nearest demonstrated view's camera to the wanted one is shown, by the homography
+    ``K R K^-1``; what lies outside of the picture repeats its border. Translations are not seen at all, so use
+    it with errors that turn the camera about itself: :class:`AboutTheEye`.
+
+    Args:
+        eye: The camera.
+        focal: Focal length, pixels; the principal point is the middle of the picture.
+    """
+    return _HomographyRenderer(eye, focal)
 
 
 def _sampled(image: np.ndarray, row: np.ndarray, column: np.ndarray) -> np.ndarray:

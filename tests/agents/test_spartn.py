@@ -134,6 +134,8 @@ def test_low_poses_are_dropped_and_large_labels_are_cut():
     made, row = augment(episode, EYE, grey, number=4, noise=Noise(lowest=high))
     assert row["rejected"] > 0 and row["made"] + row["rejected"] == 28
     assert min(one.observations["pose"][:, 2, 3].min() for one in made) >= high
+    none, row = augment(episode, EYE, grey, number=4, noise=Noise(lowest=9))
+    assert not none and row["rejected"] == 28 and "lowest=9" in row["failed"]
     _, far = augment(episode, EYE, grey, number=4, noise=Noise(translation=0.09, last=0))
     assert 0 < far["clipped"] < 1
 
@@ -154,6 +156,65 @@ def test_a_failed_field_costs_its_own_demonstration_only():
 
     with pytest.raises(UserError, match="none of 3 demonstrations.*all masked"):
         spartn(demonstrations(), EYE, never)
+
+
+def test_an_interrupted_augmentation_goes_on_and_workers_change_nothing(tmp_path):
+    own, rendered = demonstrations(4), []
+    whole, rows = spartn(own, EYE, grey, number=2, seed=5)
+
+    def stops(episode, poses):
+        if len(rendered) == 2:
+            raise KeyboardInterrupt
+        rendered.append(episode.seed)
+        return grey(episode, poses)
+
+    with pytest.raises(KeyboardInterrupt):
+        spartn(own, EYE, stops, number=2, seed=5, folder=tmp_path / "views")
+
+    def goes_on(episode, poses):
+        rendered.append(episode.seed)
+        return grey(episode, poses)
+
+    again, report = spartn(own, EYE, goes_on, number=2, seed=5, folder=tmp_path / "views")
+    assert rendered == [0, 1, 2, 3]
+    same(again, whole)
+    assert [row["made"] for row in report.rows] == [row["made"] for row in rows.rows] == [14] * 4
+    (tmp_path / "views" / "00001.safetensors").write_bytes(b"half")  # a damaged one is made again
+    same(spartn(own, EYE, goes_on, number=2, seed=5, folder=tmp_path / "views")[0], whole)
+    assert rendered == [0, 1, 2, 3, 1]
+    with pytest.raises(UserError, match="seed .folder: 5, now: 6"):
+        spartn(own, EYE, goes_on, number=2, seed=6, folder=tmp_path / "views")
+
+    render = homography_renderer(EYE, SIZE / 2)
+    alone, _ = spartn(own, EYE, render, number=1)
+    two, _ = spartn(own, EYE, render, number=1, workers=2, folder=tmp_path / "two")
+    same(two, alone)
+    same(spartn(own, EYE, grey, number=1, folder=tmp_path / "two")[0], alone)  # read, not made
+    with pytest.raises(UserError, match="picklable"):
+        spartn(own, EYE, lambda episode, poses: grey(episode, poses), workers=2)
+    with pytest.raises(UserError, match="0 workers"):
+        spartn(own, EYE, grey, workers=0)
+
+
+def same(one, other):
+    assert len(one) == len(other) and one.observation_space == other.observation_space
+    for mine, yours in zip(one, other):
+        assert mine.seed == yours.seed and set(mine.observations) == set(yours.observations)
+        for key in mine.observations:
+            np.testing.assert_array_equal(mine.observations[key], yours.observations[key])
+            assert mine.observations[key].dtype == yours.observations[key].dtype
+        np.testing.assert_array_equal(mine.actions, yours.actions)
+        np.testing.assert_array_equal(mine.infos["step"], yours.infos["step"])
+
+
+def test_only_what_is_known_from_there_is_observed():
+    own = demonstrations(2)
+    for episode in own:
+        episode.observations["depth"] = np.ones((8, SIZE, SIZE), np.float32)
+    parts = {**own.observation_space, "depth": spaces.Box(0, 3, (SIZE, SIZE), np.float32)}
+    own = Demonstrations(own.episodes(), observation_space=spaces.Dict(parts), action_space=own.action_space)
+    found, _ = spartn(own, EYE, grey, number=1)
+    assert set(found[0].observations) == set(found.observation_space) == {"rgb", "pose", "remaining"}
 
 
 def test_a_field_sees_each_view_and_its_mask_and_is_measured_on_others():
