@@ -522,3 +522,54 @@ def dots(scores: Mapping[str, Sequence[float | None]], label: str, name: str) ->
 
     parts = [f"{method}: {', '.join(f'{value:.3g}' for value in found)}" for method, found in known.items()]
     return _svg(draw, (7.6, height), f"dots-{name}", f"{label} by method. {'; '.join(parts)}.")
+
+
+def against(groups: Sequence[Mapping[str, Any]], label: str, name: str, rate: str = "Success") -> str | None:
+    """Success against a setting, a line for each method.
+
+    Args:
+        groups: Each with ``label``, ``slot`` (its colour) and ``points``, each of which has ``value``, ``success``,
+            ``low`` and ``high``.
+        label: What is set.
+        name: Of the drawing; see above.
+        rate: What the success is.
+
+    Returns:
+        An SVG element, or None where there is no point. The axis is logarithmic where values are positive and the
+        largest is at least four times the smallest.
+    """
+    groups = [{**group, "points": sorted(group["points"], key=lambda point: point["value"])} for group in groups]
+    groups = [group for group in groups if group["points"]]
+    if not groups:
+        return None
+    values = sorted({point["value"] for group in groups for point in group["points"]})
+
+    def draw(figure: Figure) -> None:
+        axes = figure.add_axes((0.125, 0.145, 0.65, 0.825))
+        _rate_axis(axes, rate)
+        if values[0] > 0 and values[-1] >= 4 * values[0]:
+            axes.set_xscale("log")
+            axes.xaxis.set_minor_locator(_null_locator())
+        axes.set_xticks(values, [f"{value:g}" for value in values])
+        axes.set_xlabel(label)
+        ends = []
+        for group in groups:
+            paint, points = _COLOURS[f"m{group['slot'] % SLOTS}"], group["points"]
+            x, y = ([point[key] for point in points] for key in ("value", "success"))
+            error = [
+                [max(0.0, point["success"] - point["low"]) for point in points],
+                [max(0.0, point["high"] - point["success"]) for point in points],
+            ]
+            axes.errorbar(
+                x, y, yerr=error, color=paint, marker=_MARKERS[group["slot"] % SLOTS], markersize=7, linewidth=1.8,
+                markeredgecolor=_COLOURS["surface"], elinewidth=1.2, zorder=4,
+            )  # fmt: skip
+            ends.append((y[-1], group["label"], paint))
+        _margin_labels(axes, ends)
+
+    parts = [
+        f"{group['label']} at {point['value']:g}: {point['success']:.0%}"
+        for group in groups
+        for point in group["points"]
+    ]
+    return _svg(draw, (6.0, 3.4), f"against-{name}", f"{rate} against {label}. {'; '.join(parts)}.")

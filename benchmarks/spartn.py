@@ -10,7 +10,9 @@ same demonstrations; they differ in what they learn from besides:
 - ``dart``: as many more demonstrations, in which the expert recovers from knocks (online: it needs the expert again);
 - ``dagger``: as many more episodes, played by the policy and labelled by the expert (online).
 
-Measured on objects that were trained with and on held-out ones, clean, and disturbed by two knocks on the way.
+Measured on objects that were trained with and on held-out ones, clean, and disturbed by two knocks on the way. SPARTN's
+views are compared with the simulator's from the same poses (:mod:`fleetgym.benchmarks.spartn_views`), and ``--ablate``
+measures other values of the preset's fields (:mod:`fleetgym.benchmarks.spartn_ablations`).
 
 Source: A. Zhou et al., "NeRF in the Palm of Your Hand", CVPR 2023. Objects, fields and sizes are ours, so its numbers
 are not to be compared with those of this benchmark.
@@ -20,9 +22,11 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Executor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,8 +37,11 @@ import torch
 
 from fleetgym.agents.spartn import AboutTheEye, EyeInHand, Noise, Report, field_renderer, homography_renderer, spartn
 from fleetgym.agents.visual import Steps, VisualConfig, VisualPolicy, train_visual
-from fleetgym.benchmarks.jobs import report
+from fleetgym.benchmarks import spartn_ablations as ablations
+from fleetgym.benchmarks.jobs import Workers, report
 from fleetgym.benchmarks.jobs import workers as worker_processes
+from fleetgym.benchmarks.spartn_views import Judged, mean, sheet
+from fleetgym.core import optional
 from fleetgym.core.demonstrations import Demonstrations
 from fleetgym.core.errors import UserError, unknown
 from fleetgym.core.files import atomic_write, read_json, write_json
@@ -43,8 +50,11 @@ from fleetgym.core.rollout import Episode, collect, rollout
 from fleetgym.core.run import Run
 from fleetgym.core.seeding import seed_everything
 from fleetgym.envs import suite
+from fleetgym.envs.grasping.names import OBJECTS
 
 METHODS = ("bc", "bc_rgbd", "homography", "dart", "dagger", "spartn", "oracle")
+WITH_VIEWS = ("homography", "spartn", "oracle")
+"""Methods that learn from corrective views."""
 PROTOCOLS = {"clean": "none", "disturbed": "knocks"}
 """Name -> the environment's ``disturbance``."""
 SPLITS = ("train", "held_out")
@@ -109,18 +119,44 @@ class Job:
     preset: Preset
     folder: str
     device: str = "cpu"
+    data: str = ""
+    """The folder whose demonstrations it learns from; by default its own."""
+    columns: tuple[tuple[str, str], ...] = ()
+    """Protocols and splits that are measured; by default all."""
 
     @property
     def name(self) -> str:
         """Of the row's file."""
         return f"{self.method}-{self.seed}"
 
+    @property
+    def path(self) -> Path:
+        """The row's file."""
+        return Path(self.folder) / "rows" / f"{self.name}.json"
 
-def world(preset: Preset, objects: str = "train", protocol: str = "clean", **options: Any) -> gym.Env:
+
+def columns(preset: Preset) -> tuple[tuple[str, str], ...]:
+    """Protocols and splits of a preset; objects are held out where there are such: see :func:`measured_on`."""
+    splits = [split for split in SPLITS if measured_on(preset.task, split) is not None]
+    return tuple((protocol, split) for protocol in PROTOCOLS for split in splits)
+
+
+def measured_on(task: str, split: str) -> tuple[str, str] | None:
+    """The task and the share of its objects that a split stands for.
+
+    Named objects are all for training, as in GA-DDPG: there the household objects are those held out. None where they
+    need the extra that is not installed.
+    """
+    if split in OBJECTS[task]:
+        return task, split
+    return ("YCB", "held_out") if optional.installed("grasping") else None
+
+
+def world(preset: Preset, split: str = "train", protocol: str = "clean", **options: Any) -> gym.Env:
     """The environment of a preset."""
-    keys = ("rgb", "depth")
-    options = {"observation": keys, "disturbance": PROTOCOLS[protocol], **options}
-    return suite("grasping").make(preset.task, objects=objects, image_size=preset.image_size, **options)
+    task, objects = measured_on(preset.task, split) or (preset.task, split)
+    options = {"observation": ("rgb", "depth"), "disturbance": PROTOCOLS[protocol], **options}
+    return suite("grasping").make(task, objects=objects, image_size=preset.image_size, **options)
 
 
 def eye(preset: Preset) -> EyeInHand:
@@ -140,8 +176,13 @@ def _demonstrations(preset: Preset, folder: Path, seed: int, name: str = "demons
     return folder / "training" / f"seed{seed}" / name
 
 
-def collect_demonstrations(preset: Preset, folder: str, seed: int, *, protocol: str = "clean") -> Demonstrations:
-    """The demonstrations of a seed, collected if they are not there; ``disturbed`` ones are those of DART."""
+def collect_demonstrations(
+    preset: Preset, folder: str, seed: int, *, protocol: str = "clean", processes: Workers | None = None
+) -> Demonstrations:
+    """The demonstrations of a seed, collected if they are not there; ``disturbed`` ones are those of DART.
+
+    Those of a preset that asks for more begin with those of one that asks for fewer.
+    """
     name, first = ("demonstrations", 0) if protocol == "clean" else ("dart", _MORE_SEED)
     path = _demonstrations(preset, Path(folder), seed, name)
     if path.exists():
@@ -152,8 +193,9 @@ def collect_demonstrations(preset: Preset, folder: str, seed: int, *, protocol: 
         except UserError:
             pass  # half a dataset of an interrupted run: collect it again
     expert = suite("grasping").expert(preset.task)
+    say = processes.progress if processes is not None else report
     for number in (preset.demonstrations * 5 // 4 + 2, 2 * preset.demonstrations, 4 * preset.demonstrations):
-        begin = 10_000 * seed + first
+        begin, done = 10_000 * seed + first, itertools.count(1)
         found = collect(
             expert,
             functools.partial(world, preset, "train", protocol),
@@ -162,28 +204,65 @@ def collect_demonstrations(preset: Preset, folder: str, seed: int, *, protocol: 
             overwrite=True,
             task=preset.task,
             infos=("grasping",),
-            on_episode=lambda index, episode, n=number: report(f"{name}, seed {seed}", index + 1, n),
+            executor=processes,
+            on_episode=lambda index, episode, n=number, done=done: say(f"{name}, seed {seed}", next(done), n),
         )
         if len(found) >= preset.demonstrations:
             return found[: preset.demonstrations]
     raise UserError(f"the expert solved {len(found)} of {number} episodes of {preset.task}; so many are not enough")
 
 
-def oracle_renderer(preset: Preset) -> Callable[[Episode, np.ndarray], tuple[np.ndarray, Mapping[str, Any]]]:
-    """Draws an episode's scene by the simulator, without the gripper."""
-    env = world(preset)
-
-    def render(episode: Episode, poses: np.ndarray) -> tuple[np.ndarray, Mapping[str, Any]]:
-        env.reset(seed=episode.seed)
-        return np.stack([env.unwrapped.render_at(pose) for pose in poses]), {}
-
-    return render
+@functools.lru_cache(maxsize=2)
+def _kept_world(preset: Preset) -> gym.Env:
+    """The world of a preset, made once in a process."""
+    return world(preset)
 
 
-def corrective(job: Job, own: Demonstrations) -> tuple[Demonstrations, Report]:
-    """The corrective demonstrations of a method that has some: ``homography``, ``spartn`` or ``oracle``."""
+@dataclass(frozen=True)
+class Oracle:
+    """The simulator as a renderer: it draws an episode's scene without the gripper."""
+
+    preset: Preset
+
+    def views(self, seed: int, poses: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """What the camera sees from poses [M, 4, 4] in the episode of a seed.
+
+        Returns:
+            Pictures [M, S, S, 3] uint8, and where the object is [M, S, S] bool.
+        """
+        env = _kept_world(self.preset)
+        env.reset(seed=seed)
+        drawn = [env.unwrapped.sim.scene(pose, self.preset.image_size) for pose in poses]
+        return np.stack([rgb for rgb, _, _ in drawn]), np.stack([labels == 1 for _, _, labels in drawn])
+
+    def __call__(self, episode: Episode, poses: np.ndarray) -> tuple[np.ndarray, Mapping[str, Any]]:
+        """See :data:`fleetgym.agents.spartn.Renderer`."""
+        return self.views(episode.seed, poses)[0], {}
+
+
+def _capture(lens: Any, images: np.ndarray, poses: np.ndarray, masks: np.ndarray) -> Any:
+    from fleetgym.envs.fields.captures import Capture
+
+    return Capture(images, poses, lens, masks)
+
+
+def corrective(
+    job: Job, own: Demonstrations, processes: Workers | None = None
+) -> tuple[Demonstrations, Report, EyeInHand]:
+    """The corrective demonstrations of a method that has some: ``homography``, ``spartn`` or ``oracle``.
+
+    What is finished lies in the job's folder and is not made again.
+
+    Args:
+        job: What for.
+        own: The demonstrations.
+        processes: Workers to share the demonstrations out to.
+
+    Returns:
+        The corrective demonstrations, what became of each demonstration, and the camera.
+    """
     from fleetgym.envs.fields import fit
-    from fleetgym.envs.fields.captures import Capture, Intrinsics
+    from fleetgym.envs.fields.captures import Intrinsics
     from fleetgym.envs.grasping.poses import FOV
 
     preset, camera = job.preset, eye(job.preset)
@@ -193,19 +272,21 @@ def corrective(job: Job, own: Demonstrations) -> tuple[Demonstrations, Report]:
         noise = AboutTheEye(0.0, preset.rotation, hand_eye=camera.hand_eye)
         render = homography_renderer(camera, lens.fx)
     elif job.method == "oracle":
-        render = oracle_renderer(preset)
+        render = Oracle(preset)
     else:
-
-        def capture(images: np.ndarray, poses: np.ndarray, masks: np.ndarray) -> Capture:
-            return Capture(images, poses, lens, masks)
-
         fitting = functools.partial(fit, "voxel", iterations=preset.iterations, device=job.device)
-        render = field_renderer(fitting, capture, camera, left_out=preset.left_out)
+        capture = functools.partial(_capture, lens)
+        fields = field_renderer(fitting, capture, camera, left_out=preset.left_out)
+        render = Judged(fields, Oracle(preset).views, camera.gripper)
+    say = processes.progress if processes is not None else report
     words = f"{job.method}, seed {job.seed}: views"
-    return spartn(
-        own, camera, render, number=preset.number, noise=noise, seed=job.seed,
-        report=lambda done, total, text: report(words, done, total, text),
+    executor: Executor | None = processes  # it has what of an executor is used
+    found, rows = spartn(
+        own, camera, render, number=preset.number, noise=noise, seed=job.seed, executor=executor,
+        folder=Path(job.folder) / "training" / f"seed{job.seed}" / f"{job.method}-views",
+        report=lambda done, total, text: say(words, done, total, text),
     )  # fmt: skip
+    return found, rows, camera
 
 
 def dagger(job: Job, own: Demonstrations, policy: VisualPolicy, seeds: Sequence[int]) -> Steps:
@@ -249,21 +330,25 @@ def dagger(job: Job, own: Demonstrations, policy: VisualPolicy, seeds: Sequence[
 def run_job(job: Job) -> None:
     """Trains and measures one method of one seed; its row appears when it is complete."""
     preset, folder = job.preset, Path(job.folder)
-    path = folder / "rows" / f"{job.name}.json"
-    if path.exists():
+    if job.path.exists():
         return
     seed_everything(job.seed)
     began = time.process_time()
-    own = collect_demonstrations(preset, job.folder, job.seed)
+    own = collect_demonstrations(preset, job.data or job.folder, job.seed)
     depth = job.method == "bc_rgbd"
     steps, more, found = Steps.of(own, depth), None, None
-    if job.method in ("homography", "spartn", "oracle"):
-        corrections, found = corrective(job, own)
+    if job.method in WITH_VIEWS:
+        aside = time.process_time()
+        corrections, found, camera = corrective(job, own)
         more = Steps.of(corrections)
         write_json(folder / "reports" / f"{job.name}.json", found.rows)
+        if job.method == "spartn":
+            _write_sheet(folder / "views" / f"{job.name}.png", own, corrections, camera, Oracle(preset))
+        # Views may be made by other processes, or by an earlier run: the report says what they cost.
+        began += time.process_time() - aside - sum(row["cpu_seconds"] for row in found.rows)
     elif job.method == "dart":
         steps = Steps.concatenate(
-            [steps, Steps.of(collect_demonstrations(preset, job.folder, job.seed, protocol="disturbed"))]
+            [steps, Steps.of(collect_demonstrations(preset, job.data or job.folder, job.seed, protocol="disturbed"))]
         )
     config = VisualConfig(steps=preset.steps, batch_size=preset.batch_size)
     made = time.process_time() - began
@@ -287,16 +372,15 @@ def run_job(job: Job) -> None:
     policy = trained(steps, config, job.method)
     spent = time.process_time() - began
     results = []
-    for protocol in PROTOCOLS:
-        for split in SPLITS:
-            episodes = rollout(
-                policy,
-                functools.partial(world, preset, split, protocol, horizon=40),
-                range(EVALUATION_SEED, EVALUATION_SEED + preset.episodes),
-                record=False,
-                on_episode=functools.partial(_counted, f"{job.name}: {protocol}, {split}", preset.episodes),
-            )
-            results.append({"protocol": protocol, "split": split, "successes": [e.success for e in episodes]})
+    for protocol, split in job.columns or columns(preset):
+        episodes = rollout(
+            policy,
+            functools.partial(world, preset, split, protocol, horizon=40),
+            range(EVALUATION_SEED, EVALUATION_SEED + preset.episodes),
+            record=False,
+            on_episode=functools.partial(_counted, f"{job.name}: {protocol}, {split}", preset.episodes),
+        )
+        results.append({"protocol": protocol, "split": split, "successes": [e.success for e in episodes]})
     frame = {"rgb": np.zeros((preset.image_size, preset.image_size, 3), np.uint8), "remaining": np.ones(1, np.float32)}
     if depth:
         frame["depth"] = np.zeros((preset.image_size, preset.image_size), np.float32)
@@ -312,9 +396,26 @@ def run_job(job: Job) -> None:
         "cpu_seconds": {"data": round(made, 1), "all": round(spent, 1)},
         "frame_ms": round(20 * (time.process_time() - clock), 2),
         "views": None if found is None else str(found),
+        **{name: None if found is None else mean(found.rows, name) for name in VIEW_NOTES},
         "provenance": provenance(),
     }
-    write_json(path, row)
+    write_json(job.path, row)
+
+
+VIEW_NOTES = ("views_psnr", "views_psnr_object", "fit_seconds", "render_ms")
+"""Means over the demonstrations that a row has of views: dB outside of the gripper and on the object, processor seconds
+of a fit, and milliseconds of a picture."""
+
+
+def _write_sheet(
+    path: Path, own: Demonstrations, corrections: Demonstrations, camera: EyeInHand, oracle: Oracle
+) -> None:
+    from PIL import Image
+
+    picture = Image.fromarray(sheet(own, corrections, camera, oracle.views))
+    with atomic_write(path) as temporary:
+        # A palette is a third of the size, and what is to be compared here is not a shade.
+        picture.quantize(256, dither=Image.Dither.NONE).save(temporary)
 
 
 def _counted(name: str, total: int, index: int, episode: Episode) -> None:
@@ -342,25 +443,31 @@ def board(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     found = []
     for method in dict.fromkeys(row["method"] for row in rows):
         mine = [row for row in rows if row["method"] == method]
-        for protocol in PROTOCOLS:
-            for split in SPLITS:
-                parts = [
-                    (row["seed"], result["successes"])
-                    for row in mine
-                    for result in row["results"]
-                    if (result["protocol"], result["split"]) == (protocol, split)
-                ]
-                done, all_ = sum(sum(s) for _, s in parts), sum(len(s) for _, s in parts)
-                low, high = wilson_interval(done, all_)
-                entry = {"method": method, "protocol": protocol, "split": split, "success": done / all_}
-                by_seed = {str(seed): sum(s) / len(s) for seed, s in parts}
-                found.append({**entry, "low": low, "high": high, "episodes": all_, "success_by_seed": by_seed})
+        for protocol, split in _columns(mine):
+            parts = [
+                (row["seed"], result["successes"])
+                for row in mine
+                for result in row["results"]
+                if (result["protocol"], result["split"]) == (protocol, split)
+            ]
+            done, all_ = sum(sum(s) for _, s in parts), sum(len(s) for _, s in parts)
+            low, high = wilson_interval(done, all_)
+            entry = {"method": method, "protocol": protocol, "split": split, "success": done / all_}
+            by_seed = {str(seed): sum(s) / len(s) for seed, s in parts}
+            found.append({**entry, "low": low, "high": high, "episodes": all_, "success_by_seed": by_seed})
     return found
 
 
-_COLUMNS = tuple((protocol, split) for protocol in ("disturbed", "clean") for split in ("held_out", "train"))
-_RATES = tuple(f"{protocol}, {split.replace('_', ' ')}" for protocol, split in _COLUMNS)
-_HEADS = ("method", *_RATES, "pictures", "CPU-s", "ms a frame")
+def _columns(rows: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
+    """What rows measured, that which matters most first: disturbed, held out."""
+    found = {(result["protocol"], result["split"]) for row in rows for result in row["results"]}
+    return sorted(found, key=lambda column: (-list(PROTOCOLS).index(column[0]), -SPLITS.index(column[1])))
+
+
+def heads(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Heads of the table."""
+    rates = [f"{protocol}, {split.replace('_', ' ')}" for protocol, split in _columns(rows)]
+    return ["method", *rates, "views (object), dB", "pictures", "CPU-s", "ms a frame"]
 
 
 def lines(rows: Sequence[Mapping[str, Any]]) -> list[list[str]]:
@@ -370,17 +477,26 @@ def lines(rows: Sequence[Mapping[str, Any]]) -> list[list[str]]:
     for method in dict.fromkeys(row["method"] for row in rows):
         mine = [row for row in rows if row["method"] == method]
         cells = [method]
-        for column in _COLUMNS:
+        for column in _columns(rows):
             entry = entries[(method, *column)]
             cells.append(f"{entry['success']:.2f} [{entry['low']:.2f}, {entry['high']:.2f}]")
+        views, object_ = mean(mine, "views_psnr"), mean(mine, "views_psnr_object")
+        cells.append("" if views is None else f"{views:.1f}" + ("" if object_ is None else f" ({object_:.1f})"))
         cells.append(f"{np.mean([row['pictures'] for row in mine]):,.0f}")
         cells.append(f"{np.mean([row['cpu_seconds']['all'] for row in mine]):.0f}")
         out.append([*cells, f"{np.mean([row['frame_ms'] for row in mine]):.1f}"])
     return out
 
 
-def publish(folder: Path, name: str, seeds: Sequence[int]) -> None:
-    """Writes ``leaderboard.json``, ``leaderboard.md`` and ``index.html`` from the rows of a folder."""
+def publish(folder: Path, name: str, seeds: Sequence[int], points: Sequence[ablations.Point] = ()) -> None:
+    """Writes ``leaderboard.json``, ``leaderboard.md`` and ``index.html`` from the rows of a folder.
+
+    Args:
+        folder: The benchmark's.
+        name: Of the preset.
+        seeds: Training seeds.
+        points: Of the ablations; their table goes to ``ablations/ablations.json``, too.
+    """
     from fleetgym.benchmarks import page, plots
 
     rows = load(folder)
@@ -390,28 +506,49 @@ def publish(folder: Path, name: str, seeds: Sequence[int]) -> None:
         f"{preset['demonstrations']} demonstrations of {preset['task']}, {preset['image_size']} pixels, {len(seeds)} "
         "training seeds; success [Wilson's 95% interval]. Disturbed: two knocks of up to 4 cm and 0.2 rad on the way."
     )
-    table = [f"| {' | '.join(_HEADS)} |", "|---" * len(_HEADS) + "|"]
-    table += [f"| {' | '.join(cells)} |" for cells in lines(rows)]
     methods = " ".join(dict.fromkeys(row["method"] for row in rows))
     command = f"fleetgym bench spartn --preset {name} --seeds {' '.join(map(str, seeds))} --methods {methods}"
     entries = board(rows)
     write_json(folder / "leaderboard.json", entries)
-    with atomic_write(folder / "leaderboard.md") as temporary:
-        temporary.write_text("\n".join([f"# {title}", "", words, "", *table, "", f"```\n{command}\n```", ""]))
+    text = [f"# {title}", "", words, "", *_markdown(heads(rows), lines(rows)), ""]
+    column = _columns(rows)[0]
+    rate = f"{column[0].capitalize()}, {column[1].replace('_', '-')} objects"
     scores = {
         row["method"]: list(row["success_by_seed"].values())
         for row in entries
-        if (row["protocol"], row["split"]) == ("disturbed", "held_out")
+        if (row["protocol"], row["split"]) == column
     }
-    parts = [page.header(title), page.table_section(words, _HEADS, lines(rows))]
-    parts.append(
-        page.plot_section(
-            "Disturbed, held-out objects", "A dot for each seed.", plots.dots(scores, "success", "spartn")
-        )
-    )
+    parts = [page.header(title), page.table_section(words, heads(rows), lines(rows))]
+    parts.append(page.plot_section(rate, "A dot for each seed.", plots.dots(scores, "success", "spartn")))
+    for path in sorted((folder / "views").glob("*.png"))[:1]:
+        parts.append(page.picture_section("Corrective views", path))
+    if points:
+        found = ablations.table(folder, points, seeds, column)
+        write_json(folder / "ablations" / "ablations.json", found)
+        said = f"{rate}: the preset with another value of one field."
+        text += ["## Ablations", "", said, "", *_markdown(ablations.HEADS, ablations.lines(found)), ""]
+        parts.append(page.table_section(said, ablations.HEADS, ablations.lines(found)))
+        for field in dict.fromkeys(entry["field"] for entry in found):
+            mine = [entry for entry in found if entry["field"] == field]
+            if not all(isinstance(entry["value"], (int, float)) for entry in mine):
+                continue
+            groups = [
+                {"label": method, "slot": METHODS.index(method), "points": [e for e in mine if e["method"] == method]}
+                for method in dict.fromkeys(entry["method"] for entry in mine)
+            ]
+            parts.append(page.plot_section(field, said, plots.against(groups, field, field, rate)))
+        axes = dict.fromkeys(entry["field"] for entry in found)
+        values = {field: dict.fromkeys(f"{e['value']}" for e in found if e["field"] == field) for field in axes}
+        command += " --ablate " + " ".join(f"{field}={','.join(values[field])}" for field in axes)
     parts.append(page.command_section(command))
+    with atomic_write(folder / "leaderboard.md") as temporary:
+        temporary.write_text("\n".join([*text, f"```\n{command}\n```", ""]), encoding="utf-8")
     with atomic_write(folder / "index.html") as temporary:
         temporary.write_text(page.document(title, parts), encoding="utf-8")
+
+
+def _markdown(heads: Sequence[str], cells: Sequence[Sequence[str]]) -> list[str]:
+    return [f"| {' | '.join(line)} |" for line in (heads, ["---"] * len(heads), *cells)]
 
 
 @dataclass
@@ -434,6 +571,8 @@ class Args:
     """Where to fit and train: cpu or cuda."""
     override: tuple[str, ...] = ()
     """Changes to the preset, such as demonstrations=24."""
+    ablate: tuple[str, ...] = ()
+    """Fields that take other values besides, one at a time: demonstrations=6,12,24 iterations=10,30,100."""
 
 
 def preset_from(name: str, overrides: Sequence[str] = ()) -> Preset:
@@ -464,6 +603,8 @@ def main(argv: Sequence[str]) -> int:
     args = tyro.cli(Args, args=list(argv), prog="fleetgym bench spartn")
     preset = preset_from(args.preset, args.override)
     suite("grasping").task(preset.task)
+    if "train" not in OBJECTS[preset.task]:
+        raise UserError(f"task={preset.task}: all its objects are held out; train with Procedural or Named")
     methods = args.methods or (QUICK_METHODS if args.preset == "quick" else METHODS)
     for method in methods:
         if method not in METHODS:
@@ -474,20 +615,44 @@ def main(argv: Sequence[str]) -> int:
         raise UserError(f"--device {args.device}: no such device here (`fleetgym doctor` lists what there is)")
     folder = args.out or Path("runs") / "spartn" / args.preset
     config = {"benchmark": "spartn", "name": args.preset, "preset": dataclasses.asdict(preset)}
+    points = ablations.points(
+        preset, lambda text: preset_from(args.preset, [*args.override, text]), args.ablate, methods,
+        [text.partition("=")[0] for text in args.override],
+    )  # fmt: skip
     with Run.open(folder, config, resume=args.resume, name="spartn", tensorboard=False):
         jobs = [Job(method, seed, preset, str(folder), args.device) for seed in args.seeds for method in methods]
-        jobs = [job for job in jobs if not (folder / "rows" / f"{job.name}.json").exists()]
+        column = tuple(sorted(columns(preset), key=lambda c: (c[0] != "disturbed", c[1] != "held_out"))[:1])
+        for point in points:
+            if point.place != ".":
+                # Worlds of another kind need demonstrations of their own.
+                shared = (point.preset.task, point.preset.image_size) == (preset.task, preset.image_size)
+                place = str(folder / point.place)
+                data = str(folder) if shared else place
+                jobs += [Job(point.method, s, point.preset, place, args.device, data, column) for s in args.seeds]
+        jobs = [job for job in jobs if not job.path.exists()]
         if jobs:
-            with worker_processes(min(args.workers or min(4, os.cpu_count() or 1), len(jobs))) as processes:
-                seeds = dict.fromkeys(job.seed for job in jobs)
-                first = [processes.submit(_collected, preset, str(folder), seed) for seed in seeds]
-                processes.drain(first)
-                processes.drain([processes.submit(run_job, job) for job in jobs])
-        publish(folder, args.preset, args.seeds)
-    print((folder / "leaderboard.md").read_text())
+            with worker_processes(args.workers or min(4, os.cpu_count() or 1)) as processes:
+                run_jobs(jobs, processes)
+        publish(folder, args.preset, args.seeds, points)
+    print((folder / "leaderboard.md").read_text(encoding="utf-8"))
     print(f"page: {folder / 'index.html'}")
     return 0
 
 
-def _collected(preset: Preset, folder: str, seed: int) -> None:
-    collect_demonstrations(preset, folder, seed)
+def run_jobs(jobs: Sequence[Job], processes: Workers) -> None:
+    """Trains and measures; demonstrations and corrective views come first, shared out to all workers.
+
+    So all of them have work where there are few jobs, too.
+    """
+    most: dict[tuple[str, int, str], Preset] = {}
+    for job in jobs:
+        for protocol in ("clean", "disturbed") if job.method == "dart" else ("clean",):
+            key = (job.data or job.folder, job.seed, protocol)
+            if key not in most or most[key].demonstrations < job.preset.demonstrations:
+                most[key] = job.preset
+    for (data, seed, protocol), preset in most.items():
+        collect_demonstrations(preset, data, seed, protocol=protocol, processes=processes)
+    for job in jobs:
+        if job.method in WITH_VIEWS:
+            corrective(job, collect_demonstrations(job.preset, job.data or job.folder, job.seed), processes)
+    processes.drain([processes.submit(run_job, job) for job in jobs])
