@@ -57,7 +57,8 @@ WITH_VIEWS = ("homography", "spartn", "oracle")
 """Methods that learn from corrective views."""
 PROTOCOLS = {"clean": "none", "disturbed": "knocks"}
 """Name -> the environment's ``disturbance``."""
-SPLITS = ("train", "held_out")
+SPLITS = ("train", "held_out", "ycb")
+"""Objects to measure on; ``ycb`` are the nine household objects that GA-DDPG and SPARTN were measured on."""
 EVALUATION_SEED = 1_000_000
 _MORE_SEED = 500_000  # of what online methods collect besides
 
@@ -68,7 +69,7 @@ class Preset:
 
     task: str = "Procedural"
     """Task of the grasping suite."""
-    demonstrations: int = 48
+    demonstrations: int = 24
     """Successful demonstrations."""
     image_size: int = 64
     """Pixels a side."""
@@ -90,10 +91,19 @@ class Preset:
     """Channels of the policy's first convolution."""
     rounds: int = 2
     """Of DAgger."""
-    episodes: int = 60
+    episodes: int = 50
     """Evaluation episodes of each protocol and split."""
+    measured: str = "all"
+    """What is measured: all, or PROTOCOL:SPLIT once or more with spaces, such as disturbed:held_out."""
 
     def __post_init__(self) -> None:
+        for text in self.measured.split() if self.measured != "all" else ():
+            protocol, _, split = text.partition(":")
+            for kind, name, names in (("protocol", protocol, PROTOCOLS), ("split", split, SPLITS)):
+                if name not in names:
+                    raise unknown(f"{kind} in measured={self.measured!r}", name, names)
+        if not self.measured.split():
+            raise UserError("measured='': nothing would be measured; use all, or such as disturbed:held_out")
         least = dict.fromkeys(
             ("demonstrations", "number", "iterations", "steps", "batch_size", "rounds", "episodes"), 1
         )
@@ -104,7 +114,9 @@ class Preset:
 
 
 PRESETS = {
-    "quick": Preset(task="Named", demonstrations=12, image_size=48, steps=800, episodes=24),
+    "quick": Preset(
+        demonstrations=12, image_size=48, steps=1000, episodes=30, measured="disturbed:train disturbed:held_out"
+    ),
     "cpu": Preset(),
 }
 QUICK_METHODS = ("bc", "spartn")
@@ -136,20 +148,33 @@ class Job:
 
 
 def columns(preset: Preset) -> tuple[tuple[str, str], ...]:
-    """Protocols and splits of a preset; objects are held out where there are such: see :func:`measured_on`."""
-    splits = [split for split in SPLITS if measured_on(preset.task, split) is not None]
-    return tuple((protocol, split) for protocol in PROTOCOLS for split in splits)
+    """Protocols and splits that a preset measures, without those that :func:`measured_on` cannot have.
+
+    Raises:
+        UserError: Nothing is left.
+    """
+    if preset.measured == "all":
+        wanted = [(protocol, split) for protocol in PROTOCOLS for split in SPLITS]
+    else:
+        wanted = [(text.partition(":")[0], text.partition(":")[2]) for text in preset.measured.split()]
+    found = tuple(column for column in wanted if measured_on(preset.task, column[1]) is not None)
+    if not found:
+        raise UserError(
+            f"measured={preset.measured!r}: {preset.task} has no such objects here (of ycb: "
+            f"{optional.install_line('grasping')}); use all"
+        )
+    return found
 
 
 def measured_on(task: str, split: str) -> tuple[str, str] | None:
     """The task and the share of its objects that a split stands for.
 
-    Named objects are all for training, as in GA-DDPG: there the household objects are those held out. None where they
-    need the extra that is not installed.
+    None where a task has no such share (named objects are all for training, as in GA-DDPG), or where the household
+    objects need the extra that is not installed.
     """
     if split in OBJECTS[task]:
         return task, split
-    return ("YCB", "held_out") if optional.installed("grasping") else None
+    return ("YCB", "held_out") if split == "ycb" and optional.installed("grasping") else None
 
 
 def world(preset: Preset, split: str = "train", protocol: str = "clean", **options: Any) -> gym.Env:
@@ -461,7 +486,8 @@ def board(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 def _columns(rows: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
     """What rows measured, that which matters most first: disturbed, held out."""
     found = {(result["protocol"], result["split"]) for row in rows for result in row["results"]}
-    return sorted(found, key=lambda column: (-list(PROTOCOLS).index(column[0]), -SPLITS.index(column[1])))
+    order = ("held_out", "ycb", "train")
+    return sorted(found, key=lambda column: (-list(PROTOCOLS).index(column[0]), order.index(column[1])))
 
 
 def heads(rows: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -605,6 +631,7 @@ def main(argv: Sequence[str]) -> int:
     suite("grasping").task(preset.task)
     if "train" not in OBJECTS[preset.task]:
         raise UserError(f"task={preset.task}: all its objects are held out; train with Procedural or Named")
+    columns(preset)  # says at once if there is nothing to measure
     methods = args.methods or (QUICK_METHODS if args.preset == "quick" else METHODS)
     for method in methods:
         if method not in METHODS:
