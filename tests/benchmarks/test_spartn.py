@@ -19,7 +19,7 @@ from fleetgym.core.files import write_json  # noqa: E402
 
 TINY = bench.Preset(
     task="Named", demonstrations=2, image_size=24, number=1, iterations=3, steps=4, batch_size=8, width=4, rounds=1,
-    episodes=1,
+    episodes=1, measured="clean:train disturbed:train",
 )  # fmt: skip
 
 
@@ -28,12 +28,6 @@ def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("spartn")
     bench.collect_demonstrations(TINY, str(folder), 0)
     return folder
-
-
-@pytest.fixture(autouse=True)
-def one_split(monkeypatch):
-    """What is held out from named objects needs an extra; procedural ones take longer to find."""
-    monkeypatch.setattr(bench, "SPLITS", ("train",))
 
 
 class Here:
@@ -192,6 +186,9 @@ def test_online_methods(folder):
         (["--override", "task=Nmed"], "Named"),
         (["--override", "steps=many"], "takes a int"),
         (["--override", "task=YCB"], "held out"),
+        (["--override", "measured=clean:trian"], "train"),
+        (["--override", "measured=clear:train"], "clean"),
+        (["--override", "task=Named", "measured=clean:held_out"], "no such objects here"),
         (["--ablate", "demonstrations"], "FIELD=VALUE"),
         (["--ablate", "demonstrations=6,06"], "value is given twice"),
         (["--ablate", "iterations=1", "--methods", "bc"], "changes nothing for bc"),
