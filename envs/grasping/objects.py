@@ -151,6 +151,8 @@ def _thing(
     """Puts an object together; without a picture's faces the pieces are drawn."""
     hulls = []
     for points in pieces:
+        if not np.isfinite(points).all():
+            raise UserError(f"object {name!r} has vertices that are not finite; mend its mesh")
         try:
             found = hull(points)
         except QhullError:

@@ -489,3 +489,15 @@ def test_the_expert_succeeds_nine_times_in_ten(family, split):
     successes = [play(env, 100 + seed)[2] for seed in range(60)]
     env.close()
     assert np.mean(successes) >= 0.9
+
+
+@pytest.mark.parametrize(("name", "words"), [("824", "no piece with a volume"), ("168", "not finite")])
+def test_broken_meshes_are_drawn_again_unless_they_are_asked_for(name, words):
+    with pytest.raises(UserError, match=words):
+        gym.make("Grasping/Procedural-v0", objects=(name,))
+    env = gym.make("Grasping/Procedural-v0", objects=("000", name), image_size=16)
+    seen = [env.reset(seed=seed)[1] for seed in range(6)]
+    assert {info["object"] for info in seen} == {"000"} and any(info["redrawn"] for info in seen)
+    with pytest.raises(UserError, match=words):
+        env.reset(seed=0, options={"object": name})
+    env.close()
