@@ -395,6 +395,12 @@ def picture_section(title: str, path: Path) -> str:
     )
 
 
+def film_section(title: str, words: str, folder: Path) -> str:
+    """A section with the film of a folder, ``film.mp4`` or ``film.gif``; nothing where there is none."""
+    figure = _film({"film_alt": title, "film_caption": words}, folder, title)
+    return f"<section><h2>{_text(title)}</h2>{figure}</section>" if figure else ""
+
+
 def header(title: str) -> str:
     """The top of a page that has a title only."""
     return f'<header class="top"><div><h1>{_text(title)}</h1></div></header>'

@@ -52,6 +52,8 @@ def register_envs() -> None:
                 entry_point="fleetgym.envs.grasping.env:GraspingEnv",
                 kwargs={"family": family},
             )
+    if "NerfGrasping-v0" not in registry:
+        register("NerfGrasping-v0", entry_point="fleetgym.envs.grasping.nerf:NerfGraspingEnv")
 
     from fleetgym.envs.office_nav.suite import INSTRUCTIONS
 

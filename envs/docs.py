@@ -22,7 +22,10 @@ PAGES = {
     "office_nav": "fleetgym.envs.office_nav.env:OfficeNavEnv",
 }
 #: Suite -> more classes whose docstrings follow as sections.
-MORE = {"office_nav": ("fleetgym.envs.office_nav.env3d:OfficeNav3DEnv",)}
+MORE = {
+    "grasping": ("fleetgym.envs.grasping.nerf:NerfGraspingEnv",),
+    "office_nav": ("fleetgym.envs.office_nav.env3d:OfficeNav3DEnv",),
+}
 #: Suite -> a function that returns further lines, what can be computed.
 FURTHER = {
     "fleet_tools": "fleetgym.envs.fleet_tools.page:lines",

@@ -41,6 +41,21 @@ def test_python_blocks_of_the_page_on_functionals_run():
     assert "torch.Size([64, 1])" in done.stdout
 
 
+def test_python_blocks_of_the_page_on_corrective_views_run(tmp_path):
+    pytest.importorskip("pybullet")
+    script = "\n".join(blocks("python", (ROOT / "docs" / "spartn.md").read_text()))
+    assert "spartn(own" in script and "NerfGrasping-v0" in script
+    done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "1 demonstrations, 40 pictures, 0 rejected, 0 fields failed"
+
+
+def test_links_of_the_page_on_corrective_views_exist():
+    text = (ROOT / "docs" / "spartn.md").read_text()
+    targets = [a or b for a, b in re.findall(r"\]\(([^)#]+)\)|src=\"([^\"]+)\"", text)]
+    assert len(targets) >= 2 and all((ROOT / "docs" / target).exists() for target in targets)
+
+
 def test_commands_run_in_order(tmp_path):
     lines = commands("fleetgym")
     assert len(lines) >= 8

@@ -9,6 +9,7 @@ from typing import Any
 import gymnasium as gym
 import numpy as np
 from gymnasium import spaces
+from gymnasium.utils.seeding import np_random
 
 from fleetgym.core.errors import UserError, unknown
 from fleetgym.envs.fleet_tools.panda import READY, rotation_vector
@@ -125,13 +126,19 @@ class GraspingEnv(gym.Env):
     axes, drawn uniformly by `reset`. A knock uses up no step; the step's observation comes after it, and
     `info["knocked"]` is True.
 
+    ![The expert recovers from two knocks](Grasping-knocks.gif)
+
+    The scene from outside; on the right what the palm sees, and below it the same views rendered by a field of the
+    scene (`fleetgym bench spartn --preset quick --film expert --film-seed 3`).
+
     ## Randomisation
 
     `reset` draws the object, its place (x 0.45 to 0.55 m, y -0.1 to 0.1 m) and yaw, lets it come to rest, and draws
     the camera's place on a shell about it (20 to 36 cm, within a radian of the vertical, on the arm's side), where it
     looks to and its roll. All comes from the environment's own generator: the same seed gives the same episode in any
     process. A scene counts if the arm reaches the start and the expert finds a grasp from there; else `reset` draws
-    again, and `info["redrawn"]` says how often. `info` also tells `object`. `options={"object": name}` fixes it.
+    again, and `info["redrawn"]` says how often. `info` also tells `object`. `options={"object": name}` fixes it, and
+    `options={"scene": seed}` the whole scene: object and place are those of that seed, only the start is drawn.
 
     ## Arguments
 
@@ -246,7 +253,8 @@ class GraspingEnv(gym.Env):
 
         Args:
             seed: Seed of the environment's generator; None lets it go on.
-            options: ``object``, the name of one of ``objects``.
+            options: ``object``, the name of one of ``objects``; ``scene``, a seed: then the object and how it lies are
+                those of the episode of that seed, and only where the arm starts is drawn.
 
         Returns:
             The observation, and an info with ``success``, ``grasping`` and ``knocked`` (False), ``object`` and
@@ -257,13 +265,15 @@ class GraspingEnv(gym.Env):
         """
         options = dict(options or {})
         for name in options:
-            if name != "object":
-                raise unknown("option of reset", name, ("object",))
-        wanted = options.get("object")
+            if name not in ("object", "scene"):
+                raise unknown("option of reset", name, ("object", "scene"))
+        wanted, scene = options.get("object"), options.get("scene")
         if wanted is not None and wanted not in self.objects:
             raise unknown(f"object of this {env_id(self.family)}", wanted, self.objects)
+        if scene is not None and (not isinstance(scene, (int, np.integer)) or scene < 0):
+            raise UserError(f"scene={scene!r}: it is the seed of an episode, an integer of 0 or more")
         super().reset(seed=seed)
-        rng = self.np_random
+        rng = self.np_random if scene is None else np_random(int(scene))[0]
         self._running = False
         reasons: Counter[str] = Counter()
         while reasons.total() < SCENES:
@@ -286,6 +296,9 @@ class GraspingEnv(gym.Env):
                 f"no scene of {wanted or ', '.join(self.objects[:3])} can be grasped, in {SCENES} tries: {told}; "
                 "choose other objects"
             )
+        if scene is not None:
+            rng = self.np_random
+            self._stand_anew(rng)
         self._knocks = [rng.uniform(-KNOCK, KNOCK) for _ in KNOCK_STEPS]
         self._steps, self._running = 0, True
         info = {"success": False, "grasping": False, "knocked": False}
@@ -313,17 +326,10 @@ class GraspingEnv(gym.Env):
             return "it has no pair of sides that the gripper spans"
         reason = "the arm cannot reach a start"
         for draws in starts:
-            X_WH = self._start(X_WO[:3, 3], draws)
-            if X_WH is None:
+            joints = start_joints(X_WO[:3, 3], draws)
+            if joints is None:
                 continue
-            for seed in (READY, READY + [0, 0, 0, 0, 0, 0, 1.2], READY - [0, 0, 0, 0, 0, 0, 1.2]):
-                joints, reached = solve(X_WH, seed)
-                if reached:
-                    break
-            else:
-                continue
-            X_WH = hand_pose(joints)
-            goal = plan(poses, thing, X_WO, X_WH, joints, self.plan_steps)
+            goal = plan(poses, thing, X_WO, hand_pose(joints), joints, self.plan_steps)
             if goal is None:
                 reason = "no grasp is within reach"
                 continue
@@ -333,27 +339,19 @@ class GraspingEnv(gym.Env):
             return None
         return reason
 
-    @staticmethod
-    def _start(target: np.ndarray, draws: np.ndarray) -> np.ndarray | None:
-        """A pose of the hand [4, 4] whose camera looks at the target [3], from ten numbers within 0..1; or None."""
-        theta, phi, r = draws[0], np.pi / 2 + np.pi * draws[1], 0.2 + 0.16 * draws[2]
-        eye = target + r * np.array([np.sin(theta) * np.cos(phi), np.sin(theta) * np.sin(phi), np.cos(theta)])
-        eye += 0.03 * (2 * draws[3:6] - 1)
-        away = eye - (target + 0.02 * (2 * draws[6:9] - 1))
-        away /= np.linalg.norm(away)
-        # Up in the picture is away from the arm, so the hand's x axis is, when it points down.
-        up = np.array([-np.cos(phi), -np.sin(phi), 0.0]) if theta > 0.2 else np.array([1.0, 0.0, 0.0])
-        up -= (up @ away) * away
-        up /= np.linalg.norm(up)
-        rotation = np.stack([np.cross(up, away), up, away], 1)
-        roll = 0.3 * (2 * draws[9] - 1)
-        c, s = np.cos(roll), np.sin(roll)
-        X_WC = pose(eye, rotation @ np.array([[c, -s, 0.0], [s, c, 0.0], [0.0, 0.0, 1.0]]))
-        X_WH = X_WC @ inverse(HAND_EYE)
-        place = X_WH[:3, 3]
-        if place[2] < 0.16 or place[0] < 0.25 or np.linalg.norm(place) > 0.8:
-            return None
-        return X_WH
+    def _stand_anew(self, rng: np.random.Generator) -> None:
+        """Draws another start in the scene of the moment."""
+        X_WO, poses = self.sim.twin.object_pose(), grasps_of(self.family, self.object)
+        for _ in range(SCENES * STARTS):
+            joints = start_joints(X_WO[:3, 3], rng.uniform(size=10))
+            if joints is None:
+                continue
+            goal = plan(poses, self.thing, X_WO, hand_pose(joints), joints, self.plan_steps)
+            if goal is not None:
+                self.sim.begin(self.thing, *self.sim.twin.at(), joints)
+                self.goal = goal
+                return
+        raise UserError(f"no start was found in this scene of {self.object}; choose the seed of another one")
 
     def step(self, action: np.ndarray) -> tuple[dict[str, np.ndarray], float, bool, bool, dict[str, Any]]:
         """Makes one step; the last one also closes the fingers and lifts.
@@ -368,13 +366,7 @@ class GraspingEnv(gym.Env):
             UserError: The action has another shape, is out of bounds or not finite; nothing has moved then.
             gymnasium.error.ResetNeeded: The episode is over, or was never begun.
         """
-        action = np.asarray(action, np.float64)
-        if action.shape != (6,):
-            raise UserError(f"the action has shape {action.shape}; {env_id(self.family)} takes (6,)")
-        if not np.abs(action).max() <= 1.0 + 1e-6:
-            raise UserError(
-                f"the action is {action.tolist()}; each entry must be finite and within -1..1 (np.clip cuts it)"
-            )
+        action = checked_action(action, env_id(self.family))
         if not self._running:
             raise gym.error.ResetNeeded(
                 f"no episode of {env_id(self.family)} is running ({self._steps} steps done); call reset()"
@@ -386,7 +378,7 @@ class GraspingEnv(gym.Env):
         last = fallen or self._steps >= self.horizon or self._between()
         knocked = not last and self.disturbance == "knocks" and self._steps in KNOCK_STEPS
         if knocked:
-            self._knock(self._knocks[KNOCK_STEPS.index(self._steps)])
+            sim.move(knocked_pose(sim.hand_pose(), self._knocks[KNOCK_STEPS.index(self._steps)], sim.joints()))
         success, grasping = False, last and not fallen
         if last:
             self._running = False
@@ -401,16 +393,6 @@ class GraspingEnv(gym.Env):
         points = _BETWEEN @ X_OH[:3, :3].T + X_OH[:3, 3]
         inside = sum(depth_inside(point[None], self.thing.planes, self.thing.starts) > 0.0 for point in points)
         return inside >= 2
-
-    def _knock(self, motion: np.ndarray) -> None:
-        """Moves the hand by a motion [6]; by half of it, and so on, where the arm or the table does not allow it."""
-        sim = self.sim
-        for _ in range(4):
-            goal = sim.hand_pose() @ rigid(motion)
-            if goal[2, 3] + 0.112 * min(goal[2, 2], 0.0) > 0.01 and solve(goal, sim.joints())[1]:
-                break
-            motion = motion / 2
-        sim.move(goal)
 
     def perturb(self, E: np.ndarray) -> None:
         """Moves the hand by a motion in its own frame, without a step: what DART does to its demonstrations.
@@ -487,6 +469,83 @@ class GraspingEnv(gym.Env):
             self._made.close()
             self._made = None
         self._running = False
+
+
+def start_pose(target: np.ndarray, draws: np.ndarray) -> np.ndarray | None:
+    """A start: the camera looks at the object from a shell about it.
+
+    Args:
+        target: The object's place [3], metres.
+        draws: Ten numbers [10] within 0..1.
+
+    Returns:
+        The hand's pose [4, 4], or None where it would be too low, or too near to or far from the arm's base.
+    """
+    theta, phi, r = draws[0], np.pi / 2 + np.pi * draws[1], 0.2 + 0.16 * draws[2]
+    eye = target + r * np.array([np.sin(theta) * np.cos(phi), np.sin(theta) * np.sin(phi), np.cos(theta)])
+    eye += 0.03 * (2 * draws[3:6] - 1)
+    away = eye - (target + 0.02 * (2 * draws[6:9] - 1))
+    away /= np.linalg.norm(away)
+    # Up in the picture is away from the arm, so the hand's x axis is, when it points down.
+    up = np.array([-np.cos(phi), -np.sin(phi), 0.0]) if theta > 0.2 else np.array([1.0, 0.0, 0.0])
+    up -= (up @ away) * away
+    up /= np.linalg.norm(up)
+    rotation = np.stack([np.cross(up, away), up, away], 1)
+    roll = 0.3 * (2 * draws[9] - 1)
+    c, s = np.cos(roll), np.sin(roll)
+    X_WC = pose(eye, rotation @ np.array([[c, -s, 0.0], [s, c, 0.0], [0.0, 0.0, 1.0]]))
+    X_WH = X_WC @ inverse(HAND_EYE)
+    place = X_WH[:3, 3]
+    if place[2] < 0.16 or place[0] < 0.25 or np.linalg.norm(place) > 0.8:
+        return None
+    return X_WH
+
+
+def start_joints(target: np.ndarray, draws: np.ndarray) -> np.ndarray | None:
+    """The arm's joint angles [7] at a :func:`start_pose`; None where there is none, or the arm cannot reach it."""
+    X_WH = start_pose(target, draws)
+    if X_WH is not None:
+        for seed in (READY, READY + [0, 0, 0, 0, 0, 0, 1.2], READY - [0, 0, 0, 0, 0, 0, 1.2]):
+            joints, reached = solve(X_WH, seed)
+            if reached:
+                return joints
+    return None
+
+
+def knocked_pose(X_WH: np.ndarray, motion: np.ndarray, joints: np.ndarray) -> np.ndarray:
+    """Where a knock moves the hand: by its motion, or by half of it, and so on, where arm or table do not allow it.
+
+    Args:
+        X_WH: The hand's pose [4, 4].
+        motion: Metres and radians [6], in the hand's frame.
+        joints: The arm's joint angles [7].
+    """
+    for _ in range(4):
+        goal = X_WH @ rigid(motion)
+        if goal[2, 3] + 0.112 * min(goal[2, 2], 0.0) > 0.01 and solve(goal, joints)[1]:
+            break
+        motion = motion / 2
+    return goal
+
+
+def checked_action(action: Any, name: str) -> np.ndarray:
+    """An action [6] as float64.
+
+    Args:
+        action: The candidate.
+        name: The environment's id, for messages.
+
+    Raises:
+        UserError: Another shape, out of bounds or not finite.
+    """
+    action = np.asarray(action, np.float64)
+    if action.shape != (6,):
+        raise UserError(f"the action has shape {action.shape}; {name} takes (6,)")
+    if not np.abs(action).max() <= 1.0 + 1e-6:
+        raise UserError(
+            f"the action is {action.tolist()}; each entry must be finite and within -1..1 (np.clip cuts it)"
+        )
+    return action
 
 
 def target_points(depth: np.ndarray, labels: np.ndarray) -> np.ndarray:

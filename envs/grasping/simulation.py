@@ -7,6 +7,7 @@ to draw the arm's meshes, and equal outside of the gripper.
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import numpy as np
@@ -169,7 +170,6 @@ class Simulation(Scene):
         )
         client.changeConstraint(gear, gearRatio=-1, erp=0.1, maxForce=50)
         self._fingers = OPEN
-        self._grippers: dict[int, tuple[np.ndarray, np.ndarray, np.ndarray]] = {}
         self.set_joints(READY)
 
     # Poses.
@@ -263,26 +263,10 @@ class Simulation(Scene):
         labels = np.where(bodies == self.body, TARGET, BACKGROUND)
         return rgb, depth, np.where(bodies == self.robot, GRIPPER, labels).astype(np.uint8)
 
-    def gripper(self, size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """The open gripper as the palm's camera sees it: colours, depth and mask [size, size], drawn once a size."""
-        if size not in self._grippers:
-            alone = Client()
-            robot = alone.loadURDF(f"{data_folder()}/franka_panda/panda.urdf", useFixedBase=True)
-            for joint in range(7):
-                alone.resetJointState(robot, joint, float(READY[joint]))
-            for finger in FINGERS:
-                alone.resetJointState(robot, finger, OPEN)
-            scene = Scene.__new__(Scene)
-            scene.client = alone
-            X_WC = hand_pose(READY) @ HAND_EYE
-            rgb, depth, bodies = scene.picture(X_WC, size, p.ER_SEGMENTATION_MASK_OBJECT_AND_LINKINDEX)
-            alone.close()
-            # The parts that are rigid to the hand, not the arm's foot behind it.
-            kept = rgb, depth, (bodies >= 0) & ((bodies >> 24) - 1 >= WRIST)
-            for array in kept:
-                array.setflags(write=False)
-            self._grippers[size] = kept
-        return self._grippers[size]
+    @staticmethod
+    def gripper(size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """:func:`gripper_view`."""
+        return gripper_view(size)
 
     def palm(self, size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """What the palm's camera sees: colours, depth and segmentation.
@@ -310,6 +294,27 @@ class Simulation(Scene):
         """Closes both physics clients."""
         super().close()
         self.twin.close()
+
+
+@functools.lru_cache(maxsize=8)
+def gripper_view(size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The open gripper as the palm's camera sees it: colours, depth and mask [size, size], drawn once a size."""
+    alone = Client()
+    robot = alone.loadURDF(f"{data_folder()}/franka_panda/panda.urdf", useFixedBase=True)
+    for joint in range(7):
+        alone.resetJointState(robot, joint, float(READY[joint]))
+    for finger in FINGERS:
+        alone.resetJointState(robot, finger, OPEN)
+    scene = Scene.__new__(Scene)
+    scene.client = alone
+    X_WC = hand_pose(READY) @ HAND_EYE
+    rgb, depth, bodies = scene.picture(X_WC, size, p.ER_SEGMENTATION_MASK_OBJECT_AND_LINKINDEX)
+    alone.close()
+    # The parts that are rigid to the hand, not the arm's foot behind it.
+    kept = rgb, depth, (bodies >= 0) & ((bodies >> 24) - 1 >= WRIST)
+    for array in kept:
+        array.setflags(write=False)
+    return kept
 
 
 def hand_pose(q: np.ndarray) -> np.ndarray:

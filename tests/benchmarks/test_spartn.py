@@ -12,9 +12,11 @@ from PIL import Image
 
 pytest.importorskip("pybullet")
 
+from fleetgym.agents.visual import VisualPolicy  # noqa: E402
 from fleetgym.benchmarks import spartn as bench  # noqa: E402
+from fleetgym.benchmarks.spartn_film import PAUSE, film, load_policy, make  # noqa: E402
 from fleetgym.benchmarks.spartn_views import Judged  # noqa: E402
-from fleetgym.core import UserError  # noqa: E402
+from fleetgym.core import Checkpoint, UserError  # noqa: E402
 from fleetgym.core.files import write_json  # noqa: E402
 
 TINY = bench.Preset(
@@ -166,6 +168,33 @@ def test_ablations(folder, tmp_path, monkeypatch):
     monkeypatch.setattr(bench, "train_visual", lambda *a, **k: trained.append(k["run"].path.parts[-4:]))
     assert bench.main(words) == 0
     assert trained == [("iterations=2", "training", "seed0", "spartn")]
+
+
+def test_a_film_of_a_policy_that_is_pushed(folder, tmp_path, monkeypatch):
+    small = {"observation": ("rgb", "depth"), "image_size": 24, "horizon": 8}
+    expert, options = load_policy("expert", "Named")
+    frames, lifted = film(expert, make("Named", ("cube",), **{**options, **small}), 1, views=6, iterations=2)
+    assert {frame.shape for frame in frames} == {(240, 440, 3)} and isinstance(lifted, bool)
+    rims = [bool((frame[0] == [200, 30, 30]).all()) for frame in frames]
+    # It stops at the start, at both knocks (after steps 3 and 7) and at the end.
+    assert rims == [False] * (PAUSE + 2) + [True] * PAUSE + [False] * 3 + [True] * PAUSE + [False] * PAUSE
+    assert np.abs(frames[0].astype(int) - frames[PAUSE]).max() > 20
+    Checkpoint.save(tmp_path / "policy", VisualPolicy(24, depth=True, width=4))
+    policy, options = load_policy(tmp_path / "policy", "Named")
+    assert options == {"observation": ("rgb", "depth"), "image_size": 24}
+    seen, _ = film(policy, make("Named", ("cube",), **small), 1, views=6, iterations=2)
+    np.testing.assert_array_equal(seen[0], frames[0])
+    with pytest.raises(UserError, match="nowhere"):
+        load_policy(tmp_path / "nowhere", "Named")
+
+    bench.run_job(bench.Job("bc", 0, TINY, str(folder)))
+    calls = []
+    monkeypatch.setattr(bench, "film", lambda *words: calls.append(words) or (frames, True))
+    out = tmp_path / "out"
+    shutil.copytree(folder / "rows", out / "rows")
+    assert bench.main(["--film", str(tmp_path / "policy"), "--film-seed", "7", "--out", str(out)]) == 0
+    assert calls[0][2] == 7 and (out / "film.gif").stat().st_size > 10_000
+    assert "data:image/gif;base64," in (out / "index.html").read_text()
 
 
 @pytest.mark.slow
