@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 from fleetgym.benchmarks.weight_space.reading import SIGNS, read, reader
 from fleetgym.benchmarks.weight_space.task import Job, check_positive
-from fleetgym.benchmarks.zoos import make_zoo
+from fleetgym.benchmarks.zoos import ZOOS, make_zoo
 from fleetgym.benchmarks.zoos.zoo import Zoo
 from fleetgym.core.errors import UserError, unknown
 
@@ -155,17 +155,16 @@ class MetaWorldPolicy(Policy):
     episodes: int = 10
     max_steps: int = 100
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        ZOOS.get(self.zoo)(**self._settings())  # says what it cannot make
+
+    def _settings(self) -> dict[str, Any]:
+        own = {"policies": self.policies, "episodes": self.episodes, "max_steps": self.max_steps}
+        return {**own, "tasks": (self.world,), "cell": "mlp"}
+
     def _zoo(self, seed: int, device: str) -> Zoo:
-        return make_zoo(
-            self.zoo,
-            policies=self.policies,
-            tasks=(self.world,),
-            cell="mlp",
-            episodes=self.episodes,
-            max_steps=self.max_steps,
-            seed=seed,
-            device=device,
-        )
+        return make_zoo(self.zoo, **self._settings(), seed=seed, device=device)
 
     def probe(self) -> tuple[int, ...]:
         """An observation, as a sequence of one."""

@@ -9,6 +9,7 @@ from fleetgym.benchmarks.weight_space.policies import MetaWorldPolicy
 from fleetgym.benchmarks.weight_space.reading import reader
 from fleetgym.benchmarks.weight_space.task import Job
 from fleetgym.benchmarks.zoos.zoo import Zoo, split_groups
+from fleetgym.core.errors import UserError
 from fleetgym.merging.functionals import WeightBatch
 
 OBSERVATION = torch.linspace(-1, 1, 39)
@@ -79,3 +80,11 @@ def test_probes_begin_where_observations_are():
         moved = OBSERVATION + 1e-3  # one deviation
         wanted = torch.stack([made.module(n)(moved[None, None])[0].flatten() for n in range(len(made))])
         assert torch.allclose(model.responses(x), wanted.repeat(1, 2), atol=2e-3)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"), [({"world": "reach-v9"}, "'reach-v9'; nearest"), ({"episodes": 0}, "episodes=0")]
+)
+def test_settings_are_checked_before_a_zoo_is_made(change, words):
+    with pytest.raises(UserError, match=words):
+        MetaWorldPolicy(**change)
