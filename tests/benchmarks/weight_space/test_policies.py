@@ -53,9 +53,8 @@ def asked(monkeypatch):
 
 
 def test_every_method_reads_them(asked, tmp_path):
-    task = MetaWorldPolicy(
-        steps=2, channels=4, width=8, probes=4, policies=96, world="push-v3", episodes=3, max_steps=9
-    )
+    small = {"steps": 1, "batch_size": 16, "channels": 4, "layers": 2, "width": 8, "probes": 4}
+    task = MetaWorldPolicy(**small, policies=96, world="push-v3", episodes=3, max_steps=9)
     for method in task.methods():
         row = task.run(Job(task.name, method, 0, "cpu", tmp_path / method))
         assert -1 <= row["score"] <= 1 and row["networks"] == {"train": 64, "val": 13, "test": 19}
