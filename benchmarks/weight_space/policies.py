@@ -148,8 +148,8 @@ class MetaWorldPolicy(Policy):
     presets: ClassVar[dict[str, dict[str, Any]]] = {
         "quick": {"policies": 60, "steps": 30, "channels": 8, "probes": 16, "episodes": 4}
     }
-    policies: int = 400
-    steps: int = 400
+    policies: int = 300
+    steps: int = 300
     channels: int = 16
     world: str = "reach-v3"
     episodes: int = 10
