@@ -272,7 +272,8 @@ class Family:
         width: The width that rules are meta-trained on.
         other: A width that they have not seen.
         symmetry: That of the rules; ``nfn``, which takes matrices only, has ``np``.
-        kinds: Which last layers fit.
+        kinds: Which last layers fit. On a chain of matrices, as in ``mlp``, nfn is the same function as unf, with the
+            same parameters.
     """
 
     make: Callable[[int], InnerTask]
@@ -283,8 +284,7 @@ class Family:
 
 
 FAMILIES: dict[str, Family] = {
-    # On a chain of matrices nfn is the same function as unf, with the same parameters.
-    "mlp": Family(mlp_task, 32, 64, kinds=("unf", "deepset")),
+    "mlp": Family(mlp_task, 32, 64),
     "cnn": Family(cnn_task, 16, 24, "full"),
     "rnn": Family(rnn_task, 32, 48, "full", ("unf", "deepset")),
     "transformer": Family(transformer_task, 16, 24, "full", ("unf", "deepset")),

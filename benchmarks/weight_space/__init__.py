@@ -19,6 +19,7 @@ for _name, _home in {
     "inr_copies": "inr:Copies",
     "inr_independent": "inr:Independent",
     "inr_shared": "inr:Shared",
+    "meta_world_policy": "policies:MetaWorldPolicy",
     "optimizer_cnn": "optimizers:OptimizerCNN",
     "optimizer_mlp": "optimizers:OptimizerMLP",
     "optimizer_policy": "optimizers:OptimizerPolicy",
@@ -31,7 +32,7 @@ for _name, _home in {
     TASKS.register(_name, f"fleetgym.benchmarks.weight_space.{_home}")
 
 BENCHES: dict[str, tuple[str, ...]] = {
-    "nfn": ("policy", "cnn", "inr_independent", "inr_shared", "dilate", "contrast", "tickets"),
+    "nfn": ("policy", "meta_world_policy", "cnn", "inr_independent", "inr_shared", "dilate", "contrast", "tickets"),
     "nft": ("inr_copies",),
     "unf": (
         "gru_policy",

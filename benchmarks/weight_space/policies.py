@@ -1,4 +1,4 @@
-"""How often a policy will succeed, read from its weights: feed-forward and recurrent cart-pole policies."""
+"""How often a policy will succeed, read from its weights: cart-pole policies, recurrent ones, and of Meta-World."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from typing import Any, ClassVar
 
 from fleetgym.benchmarks.weight_space.reading import SIGNS, read, reader
 from fleetgym.benchmarks.weight_space.task import Job, check_positive
-from fleetgym.benchmarks.zoos import make_zoo
+from fleetgym.benchmarks.zoos import ZOOS, make_zoo
+from fleetgym.benchmarks.zoos.zoo import Zoo
 from fleetgym.core.errors import UserError, unknown
 
 
@@ -63,7 +64,7 @@ class Policy:
         """See :class:`~fleetgym.benchmarks.weight_space.task.Task`."""
         self._zoo(seed, device)
 
-    def _zoo(self, seed: int, device: str) -> Any:
+    def _zoo(self, seed: int, device: str) -> Zoo:
         return make_zoo(self.zoo, policies=self.policies, seed=seed, device=device)
 
     def run(self, job: Job) -> dict[str, Any]:
@@ -83,7 +84,7 @@ class Policy:
                 width=self.width,
                 dropout=self.dropout,
                 probes=self.probes,
-                options={"squash": True} if job.method == "probes" else None,  # they push to the side of a sign
+                options=self.probe_options(zoo) if job.method == "probes" else None,
             ),
             zoo,
             "success",
@@ -98,6 +99,10 @@ class Policy:
     def probe(self) -> tuple[int, ...]:
         """Shape of an input that ``probes`` learns."""
         return (4,)
+
+    def probe_options(self, zoo: Zoo) -> dict[str, Any]:
+        """Further arguments of ``probes``."""
+        return {"squash": True}  # these policies push to the side of a sign
 
 
 @dataclass(frozen=True)
@@ -122,3 +127,50 @@ class GRUPolicy(Policy):
     def probe(self) -> tuple[int, ...]:
         """A sequence of observations."""
         return (self.horizon, 2)
+
+
+@dataclass(frozen=True)
+class MetaWorldPolicy(Policy):
+    """Success of feed-forward policies of a Meta-World task on goals that they were not shown, 48-32-32-32-4.
+
+    They are cloned from few demonstrations of a scripted expert; see
+    :class:`fleetgym.benchmarks.zoos.meta_world.MetaWorld` and :class:`Policy`.
+
+    Attributes:
+        world: The Meta-World task.
+        episodes: Evaluation episodes of each policy.
+        max_steps: Steps of an evaluation episode.
+    """
+
+    name: ClassVar[str] = "meta_world_policy"
+    title: ClassVar[str] = "Success of Meta-World policies from their weights"
+    zoo: ClassVar[str] = "meta_world"
+    presets: ClassVar[dict[str, dict[str, Any]]] = {
+        "quick": {"policies": 60, "steps": 30, "channels": 8, "probes": 16, "episodes": 4}
+    }
+    policies: int = 300
+    steps: int = 300
+    channels: int = 16
+    world: str = "reach-v3"
+    episodes: int = 10
+    max_steps: int = 100
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        ZOOS.get(self.zoo)(**self._settings())  # says what it cannot make
+
+    def _settings(self) -> dict[str, Any]:
+        own = {"policies": self.policies, "episodes": self.episodes, "max_steps": self.max_steps}
+        return {**own, "tasks": (self.world,), "cell": "mlp"}
+
+    def _zoo(self, seed: int, device: str) -> Zoo:
+        return make_zoo(self.zoo, **self._settings(), seed=seed, device=device)
+
+    def probe(self) -> tuple[int, ...]:
+        """An observation, as a sequence of one."""
+        return (1, 39)
+
+    def probe_options(self, zoo: Zoo) -> dict[str, Any]:
+        """The units of observations: most of their 39 numbers vary by centimetres, and some not at all."""
+        mean, std = (zoo.weights[f"normaliser.{name}"][0, :39] for name in ("mean", "std"))
+        return {"units": (mean, std)}

@@ -56,7 +56,8 @@ def reader(
     if method == "statnn":
         return StatNN(zoo.spec, outputs, hidden=width, **head)
     if method == "probes":
-        return ProbeEncoder(zoo.spec, zoo.module(), probe, outputs, probes=probes, hidden=width, **head)
+        # With the first network's buffers: those that are not among the weights, a normaliser's, are common to all.
+        return ProbeEncoder(zoo.spec, zoo.module(0), probe, outputs, probes=probes, hidden=width, **head)
     head["head_hidden"] = width
     if method in ("nfn_np", "nfn_hnp"):
         return NFN(zoo.spec, outputs, hidden=(channels,) * layers, symmetry=method[4:], **head)

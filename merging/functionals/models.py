@@ -518,7 +518,9 @@ class ProbeEncoder(Reader):
         probes: How many inputs.
         hidden: Width of the two hidden layers.
         dropout: Before the last layer.
-        scale: Standard deviation of the inputs at first.
+        scale: Standard deviation of the inputs at first, in the units that they are learned in.
+        units: Mean and standard deviation of a usual input, each like one input or to be broadcast to it; inputs are
+            learned in these units. None: as they are.
         squash: Reads where the outputs are large and which sign they have, not how large: each network's outputs are
             divided by their root mean square, and a tanh of learned steepness follows. Right for networks that act by
             a sign or by the largest output, which a positive factor does not change.
@@ -538,11 +540,14 @@ class ProbeEncoder(Reader):
         hidden: int = 128,
         dropout: float = 0.0,
         scale: float = 1.0,
+        units: tuple[Tensor, Tensor] | None = None,
         squash: bool = False,
     ) -> None:
         super().__init__(spec, 1)
         if probes < 1:
             raise UserError(f"probes={probes}: at least one is needed")
+        for name, value in zip(("center", "unit"), units or (torch.zeros(()), torch.ones(()))):
+            self.register_buffer(name, value.detach().clone())
         self.probes = nn.Parameter(torch.randn(probes, *inputs) * scale)
         # Not a submodule: its weights are not the model's.
         object.__setattr__(self, "_network", module)
@@ -566,7 +571,8 @@ class ProbeEncoder(Reader):
         x = self.fitted(x)
         rest = {key: getattr(self, f"rest{i}") for i, key in enumerate(self._rest)}
         tensors = {key: tensor[..., 0] for key, tensor in x.tensors().items()}
-        found = run_networks(self._network, tensors, self.probes, rest).flatten(1)
+        inputs = self.center + self.unit * self.probes
+        found = run_networks(self._network, tensors, inputs, rest).flatten(1)
         if self.steepness is None:
             return found
         size = found.square().mean(1, keepdim=True).add(1e-12).sqrt()

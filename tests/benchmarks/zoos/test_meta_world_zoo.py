@@ -23,7 +23,7 @@ def test_two_tasks(tmp_path, monkeypatch):
     assert (zoo.weights["core.weight_hh_l0"][0] - zoo.weights["core.weight_hh_l0"][1]).abs().max() > 0.1
     env = suite("meta_world").make_fn("reach-v3", goals="held_out")
     seeds = range(module._EVALUATION_SEED, module._EVALUATION_SEED + 2)
-    again = evaluate(zoo.module(1), env, seeds, max_steps=60, stop_on_success=True)
+    again = evaluate(zoo.module(1), env, seeds, max_steps=60, stop_on_success=True, num_envs=2)
     assert again.success == float(zoo.targets["success"][1])
     assert torch.equal(zoo.groups, torch.arange(4))
 
