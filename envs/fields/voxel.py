@@ -138,7 +138,7 @@ class Voxels(Radiance):
             where = torch.as_tensor(self.centres[scenes]).to(density)
             grids = _Grids(layout, density[chosen], colour[chosen], where)
             size = _POINT * (layout.coarse * (1 + layout.merge) + layout.fine)
-            return draw(grids, torch.as_tensor(poses).to(density), camera, layout.walk(density), size)
+            return draw(grids, torch.as_tensor(poses.copy()).to(density), camera, layout.walk(density), size)
         out = np.empty((*poses.shape[:2], camera.height, camera.width, 5), np.float32)
         for row, n in enumerate(scenes):
             lines = rays(poses[row], camera).reshape(-1, 6)
