@@ -142,7 +142,9 @@ def _corners(layout: _Layout, places: Tensor) -> tuple[Tensor, Tensor]:
             i, j, k = (i * side * side).int(), (j * side).int(), k.int()
             index.append(i[..., :, None, None] + j[..., None, :, None] + k[..., None, None, :])
     scenes = torch.arange(len(places), device=places.device, dtype=torch.int32)[:, None]
-    first = (scenes * layout.levels + torch.arange(layout.levels, device=places.device, dtype=torch.int32)) * layout.table
+    first = (
+        scenes * layout.levels + torch.arange(layout.levels, device=places.device, dtype=torch.int32)
+    ) * layout.table
     rows = torch.cat(index, 2).flatten(3) + first[:, None, :, None]
     wx, wy, wz = share.unbind(3)
     return rows, (wx[..., :, None, None] * wy[..., None, :, None] * wz[..., None, None, :]).flatten(3)
@@ -277,7 +279,7 @@ def fit_hashes(
     iterations: int = 200,
     seed: int = 0,
     batch: int = 1024,
-    learning_rate: float = 0.02,
+    learning_rate: float = 0.05,
     levels: int = 8,
     table: int = 1 << 15,
     features: int = 4,
@@ -334,7 +336,13 @@ def fit_hashes(
     on_cuda = torch.device(device).type == "cuda"
     precision = precision or ("bfloat16" if on_cuda else "float32")
     layout = _layout(
-        View.checked(scale, near, far, samples, merge, background), levels, table, features, resolutions, hidden, precision
+        View.checked(scale, near, far, samples, merge, background),
+        levels,
+        table,
+        features,
+        resolutions,
+        hidden,
+        precision,
     )
     work = Work.of(captures, centre, hold_out, on_error)
     good = list(work.fit)
