@@ -2,8 +2,9 @@
 
     .venv/bin/python scripts/freeze.py
 
-Pins every package that fleetgym and its extras need, directly or not, to the installed version. Python 3.10 and
-3.11 have their own versions of some packages: the lines of the other Python stay as they are, so run it once with each.
+Pins every package that fleetgym and its extras need, directly or not, to the installed version; one that is not
+installed keeps its line. Python 3.10 and 3.11 have their own versions of some packages: the lines of the other Python
+stay as they are, so run it once with each.
 Local suffixes are dropped (``2.13.0+cpu`` exists only beside a CPU-only wheel; ``2.13.0`` takes either build).
 """
 
@@ -23,8 +24,12 @@ HEADER = """\
 MARKERS = {"3.10": 'python_version < "3.11"', "3.11": 'python_version >= "3.11"'}
 
 
-def needed(package: str, extras: set[str]) -> dict[str, str]:
-    """Name and version of all that a package needs with these extras, itself left out."""
+def needed(package: str, extras: set[str], known: dict[str, str]) -> dict[str, str]:
+    """Name and version of all that a package needs with these extras, itself left out.
+
+    What is not installed has the version of ``known``, if any: an extra that needs an environment of its own, such as
+    nerfstudio's, is pinned by hand, and some markers hold elsewhere only, such as a CUDA library's.
+    """
     versions: dict[str, str] = {}
     seen: set[tuple[str, str]] = set()
     queue = [(package, extra) for extra in ("", *extras)]
@@ -36,7 +41,9 @@ def needed(package: str, extras: set[str]) -> dict[str, str]:
         try:
             distribution = importlib.metadata.distribution(name)
         except importlib.metadata.PackageNotFoundError:
-            continue  # its marker holds elsewhere only, such as a CUDA library's
+            if name in known:
+                versions[name] = known[name]
+            continue
         versions[canonicalize_name(name)] = distribution.version.partition("+")[0]
         for text in distribution.requires or []:
             requirement = Requirement(text)
@@ -61,7 +68,7 @@ def main() -> int:
                 if match[3] in (None, marker):
                     pins[python][match[1]] = match[2]
     extras = importlib.metadata.metadata("fleetgym").get_all("Provides-Extra")
-    pins[here] = needed("fleetgym", set(extras))
+    pins[here] = needed("fleetgym", set(extras), pins[here])
     lines = []
     for name in sorted({name for versions in pins.values() for name in versions}):
         found = {python: versions[name] for python, versions in pins.items() if name in versions}

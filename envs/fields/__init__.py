@@ -32,7 +32,9 @@ class Fields(Protocol):
 
 FIELDS: Registry[type[Fields]] = Registry("kind of field", group="fleetgym.fields")
 """Name -> class with the methods of :class:`Fields`."""
+FIELDS.register("nerfstudio", "fleetgym.envs.fields.nerfstudio:Nerfstudios")
 FIELDS.register("siren", "fleetgym.envs.fields.siren:Sirens")
+FIELDS.register("hash", "fleetgym.envs.fields.hash:Hashes")
 FIELDS.register("voxel", "fleetgym.envs.fields.voxel:Voxels")
 
 

@@ -6,7 +6,6 @@ accelerators, and the reference that the kernels are tested against.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Protocol
 
 import torch
@@ -17,7 +16,10 @@ from fleetgym.envs.fields.voxel_kernels import DARK, FLOOR, GAIN, SHIFT
 
 
 class Scenes(Protocol):
-    """What can be marched through: N scenes at once."""
+    """What can be marched through: N scenes at once.
+
+    Rays come in N blocks of equal length, those of scene 0 first, so that the scenes' weights can be used as batches.
+    """
 
     def density(self, points: Tensor, scene: Tensor) -> Tensor:
         """Raw density [M, S] at points [M, S, 3], metres in the world; ray m belongs to ``scene[m]``."""
@@ -34,10 +36,11 @@ def contract(q: Tensor) -> Tensor:
     return q * (2 - 1 / m) / m
 
 
-def _uniform(shape: tuple[int, ...], like: Tensor, generator: torch.Generator | None) -> Tensor:
+def _uniform(rays: int, each: int, like: Tensor, generator: torch.Generator | None, blocks: int) -> Tensor:
     if generator is None:
-        return like.new_full(shape, 0.5)
-    return torch.rand(shape, generator=generator, device=like.device, dtype=like.dtype)
+        return like.new_full((rays, each), 0.5)
+    drawn = torch.rand((rays // blocks, each), generator=generator, device=like.device, dtype=like.dtype)
+    return drawn.repeat(blocks, 1)
 
 
 def march(
@@ -49,6 +52,7 @@ def march(
     merge: bool,
     background: Tensor,
     generator: torch.Generator | None = None,
+    blocks: int = 1,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The light that comes along rays; gradients flow to the field, not to where it is looked at.
 
@@ -61,6 +65,8 @@ def march(
         merge: Whether the samples in the intervals count, too.
         background: Colour of what is behind everything, [3].
         generator: Of the places within intervals; None for their middles.
+        blocks: How many blocks of rays get the same places; with one for each scene, a scene's places do not depend on
+            how many others there are.
 
     Returns:
         Colours [M, 3], distances [M] (weighted sums, without the background), and the light that is left [M].
@@ -69,7 +75,7 @@ def march(
     number, intervals = len(rays), len(edges) - 1
     with torch.no_grad():
         width = edges[1:] - edges[:-1]
-        coarse = edges[:-1] + width * _uniform((number, intervals), rays, generator)
+        coarse = edges[:-1] + width * _uniform(number, intervals, rays, generator, blocks)
         raw = field.density(origin + coarse[..., None] * way, scene)
         depth = (GAIN * softplus(raw - SHIFT, threshold=80) * width).cumsum(1)
         after = torch.exp(-depth)
@@ -77,7 +83,7 @@ def march(
         live = before >= DARK  # intervals behind the dark get no samples
         weight = torch.where(live, before - after + FLOOR, 0)
         reach = weight.cumsum(1)
-        steps = torch.arange(fine, device=rays.device) + _uniform((number, fine), rays, generator)
+        steps = torch.arange(fine, device=rays.device) + _uniform(number, fine, rays, generator, blocks)
         want = (steps / fine) * reach[:, -1:]
         at = torch.searchsorted(reach, want, right=False).clamp_max(intervals - 1)
         within = (want - (reach - weight).gather(1, at)) / weight.gather(1, at).clamp_min(1e-12)
@@ -93,23 +99,3 @@ def march(
     left = 1 - weight.sum(1)
     seen = (weight[..., None] * torch.sigmoid(colour)).sum(1) + left[:, None] * background
     return seen, (weight * t).sum(1), left
-
-
-def draw(march_: Callable[[Tensor, Tensor], tuple], rays: Tensor, scene: Tensor, chunk: int = 1 << 16) -> Tensor:
-    """Renders many rays in parts, without gradients.
-
-    Args:
-        march_: :func:`march` of rays and scenes.
-        rays: [M, 6].
-        scene: [M].
-        chunk: Rays at once.
-
-    Returns:
-        Red, green, blue, distance, light left; [M, 5].
-    """
-    parts = []
-    with torch.no_grad():
-        for first in range(0, len(rays), chunk):
-            colour, distance, left = march_(rays[first : first + chunk], scene[first : first + chunk])
-            parts.append(torch.cat([colour, distance[:, None], left[:, None]], 1))
-    return torch.cat(parts)

