@@ -160,19 +160,17 @@ class Simulation:
         """Lets the arm go to its present joint angles plus ``change`` [7], radians, for ``substeps`` time steps."""
         self._servo(np.minimum(np.maximum(self.data.qpos[:7] + change, LOWER), UPPER), substeps)
 
-    def move_hand(self, translation: np.ndarray, rotation: np.ndarray, substeps: int) -> None:
+    def move_hand(self, change: np.ndarray, substeps: int) -> None:
         """Lets the hand go to its present pose moved in its own frame, for ``substeps`` time steps.
 
         Args:
-            translation: Of the point between the finger tips [3], metres.
-            rotation: Rotation vector [3], radians.
+            change: Translation of the point between the finger tips [3], metres, and rotation vector [3], radians.
             substeps: Time steps.
         """
-        data = self.data
         if self.arm == "panda":
-            wanted = arm_target(data.qpos[:7], translation, rotation, substeps * self.model.opt.timestep)
+            wanted = arm_target(self.data.qpos[:7], change, substeps * self.model.opt.timestep)
         else:
-            wanted = hand_target(self.hand_place, self.hand_rotation, translation, rotation)
+            wanted = hand_target(self.hand_place, self.hand_rotation, change)
         self._servo(wanted, substeps)
 
     def _servo(self, wanted: np.ndarray, substeps: int) -> None:
