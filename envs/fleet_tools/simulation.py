@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from fleetgym.core.render import choose_gl
@@ -90,6 +91,8 @@ class Simulation:
         self._wrench = np.zeros(6)
         self._fingers = [model.geom(name).id for name in ("left", "right")]
         self.first = 0.0
+        #: Called after each time step, for whoever must see all of them; they are then made one by one.
+        self.after_step: Callable[[], None] | None = None
         names = ("body_pos", "body_quat", "geom_pos", "body_inertia", "actuator_gainprm", "actuator_biasprm")
         self._fresh = [(getattr(model, name), getattr(model, name).copy()) for name in (*names, *_RANDOMISED)]
 
@@ -181,7 +184,11 @@ class Simulation:
         piece = (wanted - target) / PIECES
         for steps in self._split[1]:
             target += piece
-            if steps:
+            if self.after_step is not None:
+                for _ in range(steps):
+                    mujoco.mj_step(model, data)
+                    self.after_step()
+            elif steps:
                 mujoco.mj_step(model, data, steps)
         # A step leaves places as they were before its last integration.
         mujoco.mj_kinematics(model, data)
