@@ -105,8 +105,10 @@ def measure_tools(
         options: dict[str, Any] = {"system": "expert", "task": name, "stop_on_success": True}
         seeds = range(seed, seed + episodes)
         records.append(evaluate(worlds.expert(task), functools.partial(_same, env), seeds, **options))
-        depths, forces = zip(*env.episodes, strict=True)
-        touch[name] = {"depth": depths, "force": forces}
+        touch[name] = {
+            "depth": [round(worst.depth, 6) for worst in env.episodes],
+            "force": [round(worst.force, 1) for worst in env.episodes],
+        }
     rates = [record.success for record in records]
     return EvalRecord.concatenate(
         records,
