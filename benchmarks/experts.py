@@ -1,17 +1,22 @@
 """``fleetgym bench experts``: how often each scripted expert solves its task, and what demonstrations cost.
 
 Each expert plays ``episodes`` seeds of its task to its first success, as ``fleetgym collect`` does. Written are a
-record with every episode and a table.
+record with every episode and a table. With ``--suite fleet_tools`` the table also says how deep shapes overlap and how
+hard the tool is pressed in episodes that are solved, of all time steps.
 """
 
 from __future__ import annotations
 
+import functools
 import os
+import statistics
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
+
+import gymnasium as gym
 
 from fleetgym.core.errors import UserError
 from fleetgym.core.files import atomic_write
@@ -62,17 +67,86 @@ def measure(
     )
 
 
+def measure_tools(
+    tasks: Sequence[str],
+    episodes: int,
+    *,
+    arms: Sequence[str] = ("panda",),
+    splits: Sequence[str] = ("train", "held_out"),
+    goals: str = "train",
+    seed: int = 0,
+) -> EvalRecord:
+    """Plays the experts of fleet-tools, and measures in every time step how things touch.
+
+    Args:
+        tasks: Task names.
+        episodes: Seeds of each row, from ``seed`` on.
+        arms: With which of ``"panda"`` and ``"hand"``.
+        splits: Of tools and objects: some of ``"train"``, ``"held_out"`` and ``"all"``.
+        goals: Which part of the poses.
+        seed: First seed.
+
+    Returns:
+        One record of all episodes, whose tasks are called such as ``Hammer-Hand, held_out``. Its ``metrics`` have those
+        of :func:`measure`, and in ``touch``, by that name, ``depth`` and ``force``: lists of the deepest overlap,
+        metres, and the largest sum of the normal forces on the tool, newtons, of each episode.
+
+    Raises:
+        UserError: Unknown task, arm, split or choice of goals.
+    """
+    from fleetgym.envs.fleet_tools.touch import Touch
+
+    worlds = suite("fleet_tools")
+    rows = [(task, arm, split) for task in tasks for arm in arms for split in splits]
+    began, records, touch = time.process_time(), [], {}
+    for task, arm, split in track(rows, "experts"):
+        name = f"{task if arm == 'panda' else f'{task}-Hand'}, {split}"
+        env = Touch(worlds.make(task, goals=goals, arm=arm, tools=split, objects=split))
+        options: dict[str, Any] = {"system": "expert", "task": name, "stop_on_success": True}
+        seeds = range(seed, seed + episodes)
+        records.append(evaluate(worlds.expert(task), functools.partial(_same, env), seeds, **options))
+        touch[name] = {
+            "depth": [round(worst.depth, 6) for worst in env.episodes],
+            "force": [round(worst.force, 1) for worst in env.episodes],
+        }
+    rates = [record.success for record in records]
+    return EvalRecord.concatenate(
+        records,
+        task=f"fleet_tools/{len(rows)} rows",
+        cpu_seconds=round(time.process_time() - began, 1),
+        mean_success=sum(rates) / len(rates),
+        worst_success=min(rates),
+        goals=goals,
+        touch=touch,
+    )
+
+
+def _same(env: gym.Env) -> gym.Env:
+    return env
+
+
 def table(record: EvalRecord) -> str:
-    """The record as a Markdown table."""
-    lines = ["| task | success | 95% interval |", "|---|---|---|"]
+    """The record as a Markdown table; depths and forces are those of the episodes that were solved."""
+    touch = record.metrics.get("touch")
+    more = (" deepest, mm | force, median, N | largest, N |", "---|---|---|") if touch else ("", "")
+    lines = [f"| task | success | 95% interval |{more[0]}", f"|---|---|---|{more[1]}"]
     for task, (solved, number) in record.per_task().items():
         low, high = wilson_interval(solved, number)
-        lines.append(f"| {task} | {solved / number:.2f} | {low:.2f} to {high:.2f} |")
+        line = f"| {task} | {solved / number:.2f} | {low:.2f} to {high:.2f} |"
+        if touch:
+            won = [success for name, success in zip(record.tasks, record.successes) if name == task]
+            depths, forces = ([x for x, good in zip(touch[task][key], won) if good] for key in ("depth", "force"))
+            if solved:
+                line += f" {1000 * max(depths):.2f} | {statistics.median(forces):.0f} | {max(forces):.0f} |"
+            else:
+                line += " | | |"
+        lines.append(line)
     facts = record.metrics
     lines += [
         "",
-        f"{len(record.per_task())} tasks, {len(record.seeds)} episodes, {sum(record.lengths)} steps: mean success "
-        f"{facts['mean_success']:.3f}, worst {facts['worst_success']:.2f}, {facts['cpu_seconds']} CPU-seconds.",
+        f"{len(record.per_task())} {'rows' if touch else 'tasks'}, {len(record.seeds)} episodes, {sum(record.lengths)} "
+        f"steps: mean success {facts['mean_success']:.3f}, worst {facts['worst_success']:.2f}, "
+        f"{facts['cpu_seconds']} CPU-seconds.",
         "",
     ]
     return "\n".join(lines)
@@ -82,12 +156,18 @@ def table(record: EvalRecord) -> str:
 class Args:
     """Measure the scripted experts: success of each, and the processor time of all."""
 
-    tasks: tuple[str, ...] = ("mt50",)
-    """Tasks, or the name of a task set."""
+    suite: Literal["meta_world", "fleet_tools"] = "meta_world"
+    """Whose tasks."""
+    tasks: tuple[str, ...] | None = None
+    """Tasks, or the name of a task set; mt50 of Meta-World, or all of fleet-tools, if not given."""
     episodes: int = 20
-    """Episodes of each task."""
+    """Episodes of each task; with fleet-tools of each task, arm and split."""
     goals: Literal["all", "train", "held_out"] = "train"
     """Which part of the goals."""
+    arms: tuple[Literal["panda", "hand"], ...] = ("panda",)
+    """With fleet-tools: with which arms."""
+    splits: tuple[Literal["train", "held_out", "all"], ...] = ("train", "held_out")
+    """With fleet-tools: with which tools and objects."""
     seed: int = 0
     """First seed."""
     out: Path | None = None
@@ -101,11 +181,18 @@ def main(argv: Sequence[str]) -> int:
     args = tyro.cli(Args, args=list(argv), prog="fleetgym bench experts")
     if args.episodes < 1:
         raise UserError(f"--episodes {args.episodes}: it must be at least 1")
-    if not args.tasks:
-        raise UserError("--tasks is empty; name tasks or a task set, such as mt50")
+    for name in ("tasks", "arms", "splits"):
+        if getattr(args, name) == ():
+            raise UserError(f"--{name} is empty; name at least one, or leave the word out")
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    tasks = suite("meta_world").task_set(args.tasks if len(args.tasks) > 1 else args.tasks[0])
-    record = measure(tasks, args.episodes, goals=args.goals, seed=args.seed)
+    wanted = args.tasks or ("mt50" if args.suite == "meta_world" else "all",)
+    tasks = suite(args.suite).task_set(wanted if len(wanted) > 1 else wanted[0])
+    if args.suite == "fleet_tools":
+        record = measure_tools(
+            tasks, args.episodes, arms=args.arms, splits=args.splits, goals=args.goals, seed=args.seed
+        )
+    else:
+        record = measure(tasks, args.episodes, goals=args.goals, seed=args.seed)
     text = table(record)
     if args.out is not None:
         record.save(args.out / "record.json")

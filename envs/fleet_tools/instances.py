@@ -157,6 +157,8 @@ MEANING: Mapping[str, str] = {
     "gap": "between the pieces, m",
 }
 _STEEL, _WOOD, _DARK = "0.62 0.64 0.68 1", "0.72 0.5 0.3 1", "0.2 0.21 0.24 1"
+#: Group of the shapes that touch and are not seen, as MuJoCo's own pictures leave it out.
+UNSEEN = 3
 _GRIPS = ("0.75 0.2 0.18 1", "0.15 0.4 0.7 1", "0.2 0.55 0.3 1", _WOOD, _DARK, "0.85 0.6 0.15 1")
 
 
@@ -174,11 +176,11 @@ class Instance:
     index: int
     numbers: Mapping[str, float]
 
+    def __post_init__(self) -> None:
+        vars(self).update(self.numbers)  # read in every step: so each is found at once
+
     def __getattr__(self, name: str) -> float:
-        try:
-            return self.__dict__["numbers"][name]
-        except KeyError:
-            raise AttributeError(name) from None
+        raise AttributeError(name)
 
     @property
     def split(self) -> str:
@@ -404,25 +406,32 @@ def _scoop(made: Instance) -> tuple[str, dict[str, tuple[float, float, float]]]:
 
 
 #: Wires of a whisk; with so many, the gaps are narrower than the balls that it stirs.
-_WIRES = 8
+WIRES = 8
 
 
 def _whisk(made: Instance) -> tuple[str, dict[str, tuple[float, float, float]]]:
     # It hangs down from the front of the handle: a rod, and below it a bulb of wires, each of three straight parts. The
-    # middle part is upright, so that it pushes a ball ahead, and not onto the floor.
+    # middle part is upright, so that it pushes a ball ahead, and not onto the floor. The other two parts are for the
+    # eye: in their place a core touches things, which reaches as far down as the wires do.
     x, bulb, wire, end = made.reach, made.bulb, made.wire, -made.length
     friction = (made.friction, 0.005, 0.0001)
     top = end + 3.2 * bulb
     shapes = geom("cylinder", (0.004, -top / 2), (x, 0, top / 2), rgba=_STEEL, mass=0.15 * made.mass, friction=friction)
-    for k in range(_WIRES):
-        c, s = np.cos(2 * np.pi * k / _WIRES), np.sin(2 * np.pi * k / _WIRES)
+    thick = 0.4 * bulb
+    shapes += geom(
+        "capsule", (thick,), fromto=(x, 0, top, x, 0, end + thick), mass=0.0, friction=friction, group=UNSEEN
+    )
+    for k in range(WIRES):
+        c, s = np.cos(2 * np.pi * k / WIRES), np.sin(2 * np.pi * k / WIRES)
         points = [(0.2, top), (1.0, end + 1.8 * bulb), (1.0, end + 0.45 * bulb), (0.4, end + wire)]
-        for (share, z), (next_share, next_z) in zip(points, points[1:]):
+        for part, ((share, z), (next_share, next_z)) in enumerate(zip(points, points[1:])):
             r, next_r = share * (bulb - wire), next_share * (bulb - wire)
             ends = (x + r * c, r * s, z, x + next_r * c, next_r * s, next_z)
+            touching = {} if part == 1 else {"contype": 0, "conaffinity": 0}
             shapes += geom(
-                "capsule", (wire,), fromto=ends, rgba=_STEEL, mass=0.2 * made.mass / (3 * _WIRES), friction=friction
-            )
+                "capsule", (wire,), fromto=ends, rgba=_STEEL, mass=0.2 * made.mass / (3 * WIRES), friction=friction,
+                **touching,
+            )  # fmt: skip
     return _handle(made, x, 0.65) + shapes, {"head": (x, 0, end), "tail": (x, 0, 0), "side": (-0.06, 0, 0)}
 
 

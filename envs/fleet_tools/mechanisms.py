@@ -6,6 +6,7 @@ it is moved by contact alone: there are no welds between tool and object, and no
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -235,7 +236,8 @@ class Pieces(Mechanism):
 
     def amount(self, sim: Any) -> float:
         """How much further apart the pieces are than at first, metres."""
-        return float(np.hypot(sim.keypoint[0] - sim.second[0], sim.keypoint[1] - sim.second[1])) - sim.first
+        x, y, _ = (sim.keypoint - sim.second).tolist()
+        return math.hypot(x, y) - sim.first
 
 
 def _ball(made: Instance, radius: float, colour: str) -> str:
@@ -356,8 +358,8 @@ class Bowl(Mechanism):
         x, y, z = (sim.keypoint - sim.middle).tolist()
         made = sim.object_instance
         if z < made.height and x * x + y * y < 1.1 * made.radius**2:
-            direction = float(np.arctan2(y, x))
-            sim.stirred += (direction - sim.direction + np.pi) % (2 * np.pi) - np.pi
+            direction = math.atan2(y, x)
+            sim.stirred += (direction - sim.direction + math.pi) % (2 * math.pi) - math.pi
             sim.direction = direction
         return abs(sim.stirred)
 

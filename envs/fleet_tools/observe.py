@@ -14,6 +14,7 @@ from gymnasium import spaces
 from fleetgym.core.errors import UserError, unknown
 from fleetgym.core.render import choose_gl
 from fleetgym.core.seeding import generator
+from fleetgym.envs.fleet_tools.instances import UNSEEN
 from fleetgym.envs.fleet_tools.simulation import Simulation
 from fleetgym.envs.rendering import Camera
 
@@ -178,7 +179,9 @@ def sample_surface(model: Any, bodies: Sequence[int], number: int, rng: np.rando
     Raises:
         UserError: The bodies have no shapes, or shapes that are no primitives.
     """
-    geoms = [geom for geom in range(model.ngeom) if model.geom_bodyid[geom] in bodies]
+    geoms = [
+        geom for geom in range(model.ngeom) if model.geom_bodyid[geom] in bodies and model.geom_group[geom] != UNSEEN
+    ]
     if not geoms:
         raise UserError(f"the bodies {list(bodies)} have no shapes to take points from")
     for geom in geoms:

@@ -187,7 +187,7 @@ def inverse(
 
 
 @numba.njit(cache=True)
-def arm_target(q: np.ndarray, translation: np.ndarray, rotation: np.ndarray, seconds: float) -> np.ndarray:
+def arm_target(q: np.ndarray, change: np.ndarray, seconds: float) -> np.ndarray:
     """Joint angles [7] at which the hand is moved in its own frame.
 
     Where that asks a joint for more than its largest speed, as near to a singular pose, all joints go the same share of
@@ -195,34 +195,67 @@ def arm_target(q: np.ndarray, translation: np.ndarray, rotation: np.ndarray, sec
 
     Args:
         q: Joint angles of the moment [7], radians.
-        translation: Of the point between the finger tips [3], metres.
-        rotation: Rotation vector [3], radians.
+        change: Translation of the point between the finger tips [3], metres, and rotation vector [3], radians.
         seconds: Time that there is for it.
     """
     place, hand, _ = forward(q)
-    wanted, _, _ = inverse(q, place + hand @ translation, hand @ rotation_matrix(rotation), READY, 4, 0.02, 0.02)
+    wanted, _, _ = inverse(q, place + hand @ change[:3], hand @ rotation_matrix(change[3:]), READY, 4, 0.02, 0.02)
     return q + (wanted - q) / max(1.0, (np.abs(wanted - q) / SPEED).max() / seconds)
 
 
 @numba.njit(cache=True)
-def hand_target(place: np.ndarray, hand: np.ndarray, translation: np.ndarray, rotation: np.ndarray) -> np.ndarray:
+def _from_down(hand: np.ndarray) -> np.ndarray:
+    """The rotation vector [3] of a hand [3, 3] from pointing straight down."""
+    rotation = hand.copy()
+    rotation[1:] *= -1.0  # DOWN @ hand
+    return rotation_vector(rotation)
+
+
+@numba.njit(cache=True)
+def hand_target(place: np.ndarray, hand: np.ndarray, change: np.ndarray) -> np.ndarray:
     """What the six servos of the hand alone are to reach when it is moved in its own frame, cut to their limits.
 
     Args:
         place: Of the hand's frame [3], metres.
         hand: Its rotation [3, 3].
-        translation: Of the point between the finger tips [3], metres.
-        rotation: Rotation vector [3], radians.
+        change: Translation of the point between the finger tips [3], metres, and rotation vector [3], radians.
 
     Returns:
         The place between the finger tips [3], metres, and the rotation vector from pointing straight down [3].
     """
     target = np.empty(6)
-    target[:3] = np.minimum(np.maximum(place + hand[:, 2] * TCP + hand @ translation, HAND_LOW), HAND_HIGH)
-    turned = rotation_vector(DOWN @ (hand @ rotation_matrix(rotation)))
+    turn = rotation_matrix(change[3:])
+    moved = np.zeros((3, 3))
+    for i in range(3):
+        x = place[i] + hand[i, 2] * TCP
+        for j in range(3):
+            x += hand[i, j] * change[j]
+            for k in range(3):
+                moved[i, j] += hand[i, k] * turn[k, j]
+        target[i] = min(max(x, HAND_LOW[i]), HAND_HIGH[i])
+    turned = _from_down(moved)
     length = np.sqrt((turned * turned).sum())
     target[3:] = turned * min(1.0, HAND_TURNED / max(length, 1e-9))
     return target
+
+
+@numba.njit(cache=True)
+def write_poses(place: np.ndarray, hand: np.ndarray, head: np.ndarray, tool: np.ndarray, out: np.ndarray) -> None:
+    """Writes what the state says of hand and tool.
+
+    Args:
+        place: Of the hand's frame [3], metres.
+        hand: Its rotation [3, 3].
+        head: Where the tool's working end is [3], metres.
+        tool: The tool's rotation [3, 3].
+        out: The state [27 or more]. Entries 0 to 2 become the point between the finger tips, 3 to 5 the hand's rotation
+            vector from pointing straight down, 21 to 23 ``head``, and 24 to 26 the tool's rotation vector.
+    """
+    for i in range(3):
+        out[i] = place[i] + hand[i, 2] * TCP
+        out[21 + i] = head[i]
+    out[3:6] = _from_down(hand)
+    out[24:27] = rotation_vector(tool)
 
 
 def _numbers(*values: float) -> str:

@@ -31,8 +31,10 @@ HAND_TURN = (250.0, 7.0, 40.0, 0.02)
 #: world has. The blocks and the hand have none: MuJoCo's contacts of two boxes are not always right with one.
 MARGIN = {"pin": {"pin": 0.002}, "pieces": {"object": 0.001, "other": 0.001}}
 
+# Elliptic cones: friction is the same in all directions, a contact takes fewer numbers than with pyramidal ones, and a
+# jaw that goes over a nut is pressed by a third of the forces.
 _HEADER = """
-<option timestep="{timestep}" integrator="implicitfast" cone="pyramidal" iterations="20"
+<option timestep="{timestep}" integrator="implicitfast" cone="elliptic" iterations="20"
   ls_iterations="50" tolerance="1e-8">
   <flag eulerdamp="disable"/>
 </option>
@@ -50,7 +52,7 @@ _HEADER = """
   <texture name="wood" type="2d" builtin="checker" rgb1="0.58 0.47 0.36" rgb2="0.55 0.44 0.33" width="128"
     height="128"/>
   <material name="wood" texture="wood" texrepeat="6 6" texuniform="true" specular="0.1" reflectance="0"/>
-  <texture type="skybox" builtin="gradient" rgb1="0.85 0.9 0.95" rgb2="0.5 0.55 0.65" width="64" height="256"/>
+  <texture type="skybox" builtin="gradient" rgb1="0.85 0.9 0.95" rgb2="0.5 0.55 0.65" width="16" height="96"/>
 </asset>
 """
 

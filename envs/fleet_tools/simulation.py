@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from fleetgym.core.render import choose_gl
@@ -90,6 +91,8 @@ class Simulation:
         self._wrench = np.zeros(6)
         self._fingers = [model.geom(name).id for name in ("left", "right")]
         self.first = 0.0
+        #: Called after each time step, for whoever must see all of them; they are then made one by one.
+        self.after_step: Callable[[], None] | None = None
         names = ("body_pos", "body_quat", "geom_pos", "body_inertia", "actuator_gainprm", "actuator_biasprm")
         self._fresh = [(getattr(model, name), getattr(model, name).copy()) for name in (*names, *_RANDOMISED)]
 
@@ -160,19 +163,17 @@ class Simulation:
         """Lets the arm go to its present joint angles plus ``change`` [7], radians, for ``substeps`` time steps."""
         self._servo(np.minimum(np.maximum(self.data.qpos[:7] + change, LOWER), UPPER), substeps)
 
-    def move_hand(self, translation: np.ndarray, rotation: np.ndarray, substeps: int) -> None:
+    def move_hand(self, change: np.ndarray, substeps: int) -> None:
         """Lets the hand go to its present pose moved in its own frame, for ``substeps`` time steps.
 
         Args:
-            translation: Of the point between the finger tips [3], metres.
-            rotation: Rotation vector [3], radians.
+            change: Translation of the point between the finger tips [3], metres, and rotation vector [3], radians.
             substeps: Time steps.
         """
-        data = self.data
         if self.arm == "panda":
-            wanted = arm_target(data.qpos[:7], translation, rotation, substeps * self.model.opt.timestep)
+            wanted = arm_target(self.data.qpos[:7], change, substeps * self.model.opt.timestep)
         else:
-            wanted = hand_target(self.hand_place, self.hand_rotation, translation, rotation)
+            wanted = hand_target(self.hand_place, self.hand_rotation, change)
         self._servo(wanted, substeps)
 
     def _servo(self, wanted: np.ndarray, substeps: int) -> None:
@@ -183,7 +184,11 @@ class Simulation:
         piece = (wanted - target) / PIECES
         for steps in self._split[1]:
             target += piece
-            if steps:
+            if self.after_step is not None:
+                for _ in range(steps):
+                    mujoco.mj_step(model, data)
+                    self.after_step()
+            elif steps:
                 mujoco.mj_step(model, data, steps)
         # A step leaves places as they were before its last integration.
         mujoco.mj_kinematics(model, data)

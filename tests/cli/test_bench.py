@@ -72,6 +72,22 @@ def test_experts(tmp_path, capsys):
     assert "nearest: 'reach-v3'" in capsys.readouterr().err
 
 
+def test_experts_with_tools(tmp_path, capsys):
+    words = ["bench", "experts", "--suite", "fleet_tools", "--episodes", "2", "--tasks", "Hammer", "--arms", "hand"]
+    assert main([*words, "--out", str(tmp_path)]) == 0
+    assert "| deepest, mm | force, median, N | largest, N |" in capsys.readouterr().out
+    record = EvalRecord.load(tmp_path / "record.json")
+    assert record.per_task() == {"Hammer-Hand, train": (2, 2), "Hammer-Hand, held_out": (2, 2)}
+    touch = record.metrics["touch"]["Hammer-Hand, train"]
+    assert len(touch["force"]) == 2 and all(10 < force < 300 for force in touch["force"])
+    assert max(touch["depth"]) < 0.003
+    row = (tmp_path / "table.md").read_text().splitlines()[2].split("|")
+    assert float(row[-2]) == pytest.approx(max(touch["force"]), abs=0.5)
+    assert main([*words[:4], "--episodes", "0"]) == 2 and main([*words, "--splits"]) == 2
+    assert main(["bench", "experts", "--suite", "fleet_tools", "--tasks", "Hamer"]) == 2
+    assert "'Hammer'" in capsys.readouterr().err
+
+
 def test_matching(tmp_path, capsys):
     words = ["--matchers", "frank_wolfe", "lap", "--cells", "rnn", "--hidden", "16", "--noise", "0.5", "--seeds", "2"]
     assert main(["bench", "matching", *words, "--out", str(tmp_path)]) == 0

@@ -7,7 +7,7 @@ import pytest
 
 from fleetgym.envs.fleet_tools.env import FleetToolsEnv
 from fleetgym.envs.fleet_tools.expert import expert
-from fleetgym.envs.fleet_tools.instances import INSTANCES, OBJECTS, TOOLS, thing, tool, tool_shapes
+from fleetgym.envs.fleet_tools.instances import INSTANCES, OBJECTS, TOOLS, WIRES, thing, tool, tool_shapes
 from fleetgym.envs.fleet_tools.mechanisms import MECHANISMS, ROLES, USE
 from fleetgym.envs.fleet_tools.names import SPLITS, TASKS
 
@@ -251,10 +251,8 @@ def test_every_scoop_fits_every_tray_and_ball():
 
 def test_every_whisk_fits_every_bowl_and_ball():
     for whisk, bowl in pairs("whisk", "bowl"):
-        shapes, _ = tool_shapes(whisk, "whisk")
-        wires = shapes.count("capsule") / 3
         # No ball gets in between the wires; two of them and the bulb go side by side into the bowl.
-        assert 2 * (whisk.bulb - whisk.wire) * np.sin(np.pi / wires) < 2 * bowl.ball
+        assert 2 * (whisk.bulb - whisk.wire) * np.sin(np.pi / WIRES) < 2 * bowl.ball
         assert whisk.bulb + bowl.ball < bowl.radius - bowl.ball
         # The ball may lie anywhere between where the whisk comes down and the wall.
         assert TOOLS["whisk"]["bulb"][1] + bowl.ball + 0.006 < bowl.radius - bowl.ball - 0.001
