@@ -210,7 +210,7 @@ def collect_demonstrations(
 
     Those of a preset that asks for more begin with those of one that asks for fewer.
     """
-    name, first = ("demonstrations", 0) if protocol == "clean" else ("dart", _MORE_SEED)
+    name, first = ("demonstrations", 0) if protocol == "clean" else ("demonstrations-knocked", _MORE_SEED)
     path = _demonstrations(preset, Path(folder), seed, name)
     if path.exists():
         try:

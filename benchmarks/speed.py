@@ -43,6 +43,7 @@ class Comparison:
             written; the ratio is then one of bytes a second.
         before_peer: Called before each of the peer's calls, off the clock.
         results: What is reached, where the sides reach different things: its name, ours, the peer's.
+        period: Seconds of the unit of time that a line counts in: 1, or 60 for a minute.
     """
 
     unit: str
@@ -56,6 +57,7 @@ class Comparison:
     unit_bytes: int = 1
     before_peer: Callable[[], Any] | None = None
     results: tuple[str, Callable[[], float], Callable[[], float]] | None = None
+    period: int = 1
 
 
 def meta_world() -> Comparison:
@@ -677,7 +679,126 @@ def sirens() -> Comparison:
     return Comparison("SIRENs", count, ours, peer, "autograd and torch.optim.Adam", few, results=results)
 
 
+def grasping_captures(count: int, size: int, views: int, more: int, seed: int = 0) -> tuple[list[Any], np.ndarray]:
+    """What a palm camera sees of objects on a table on its way down to them.
+
+    Args:
+        count: Scenes.
+        size: Pixels along a side.
+        views: Pictures a scene, over the last 0.15 m, each up to 3 cm and 0.2 rad off the way.
+        more: Further poses a scene, drawn alike.
+        seed: Of the poses.
+
+    Returns:
+        Captures, of which nothing is masked, and the further poses [count, more, 4, 4].
+    """
+    import gymnasium as gym
+
+    import fleetgym.envs  # noqa: F401
+    from fleetgym.core import se3
+    from fleetgym.envs.fields.captures import Capture, Intrinsics
+    from fleetgym.envs.grasping.poses import FOV, HAND_EYE
+
+    env = gym.make("Grasping/Procedural-v0", image_size=size).unwrapped
+    draws = np.random.default_rng(seed)
+    lens, captures, others = Intrinsics.from_fov(FOV, size, size), [], []
+    for scene in range(count):
+        env.reset(seed=scene)
+        start = env.hand @ HAND_EYE
+        poses = []
+        for share in np.concatenate([np.linspace(0, 1, views), draws.uniform(size=more)]):
+            error = se3.pose(draws.uniform(-0.03, 0.03, 3), draws.uniform(-0.2, 0.2, 3))
+            poses.append(start @ se3.pose([0.0, 0.0, -0.15 * share], np.zeros(3)) @ error)
+        poses = np.stack(poses)
+        pictures = np.stack([env.render_at(pose) for pose in poses[:views]])
+        captures.append(Capture(pictures, poses[:views], lens))
+        others.append(poses[views:])
+    env.close()
+    return captures, np.stack(others)
+
+
+def radiance_fields(
+    device: str = "cpu",
+    size: int | None = None,
+    distinct: int | None = None,
+    scenes: int | None = None,
+    views: int | None = None,
+    options: dict[str, dict[str, Any]] | None = None,
+) -> list[Comparison]:
+    """Scenes fitted, and views drawn, by voxels and by hash tables; beside nerfstudio's nerfacto where it is installed.
+
+    Without nerfstudio the two stand beside each other. Each row of fits says the decibels on views that were held out.
+    nerfacto fits one scene in a call, with its own settings and 500 steps.
+
+    Args:
+        device: Where to fit and to draw.
+        size: Pixels along a side; 112 on an accelerator and 48 on a CPU, if None.
+        distinct: Scenes that are different; 8 on an accelerator and 1 on a CPU.
+        scenes: Scenes that ours fit at once, some of them alike; 50 and 1.
+        views: Views that are drawn of each scene by ours; 100 and 8. nerfacto draws 2 of one scene.
+        options: Of ``fit``, by kind.
+    """
+    from fleetgym.envs.fields import fit
+
+    fast = torch.device(device).type != "cpu"
+    size, distinct = size or (112 if fast else 48), distinct or (8 if fast else 1)
+    scenes, views = scenes or (50 if fast else 1), views or (100 if fast else 8)
+    captures, poses = grasping_captures(distinct, size, 20, views)
+    many = [captures[n % distinct] for n in range(scenes)]
+    where = np.stack([poses[n % distinct] for n in range(scenes)])
+    kept: dict[str, Any] = {}
+
+    def fitted(kind: str, captures: list[Any]) -> None:
+        chosen = (options or {}).get(kind, {})
+        kept[kind] = fit(kind, captures, hold_out=3, device=device, **chosen)
+
+    def quality(kind: str) -> float:
+        return float(np.mean([report.held_out for report in kept[kind].report]))
+
+    def drawn(kind: str, poses: np.ndarray) -> None:
+        if kind not in kept:
+            fitted(kind, captures[:1] if kind == "nerfstudio" else many)
+        kept[kind].render(poses)
+
+    rows = []
+    beside = installed("nerfstudio")
+    if not beside:
+        print(f"nerfstudio, the peer, is missing here: {install_line('nerfstudio')}")
+    for kind in ("voxel", "hash") if beside else ("hash",):
+        peer = "nerfstudio" if beside else "voxel"
+        name = "nerfstudio's nerfacto" if beside else "voxel"
+        theirs, seen = (captures[:1], where[:1, :2]) if beside else (many, where)
+        rows.append(
+            Comparison(
+                "scenes",
+                scenes,
+                functools.partial(fitted, kind, many),
+                functools.partial(fitted, peer, theirs),
+                name,
+                len(theirs),
+                f"{kind}, fits of {size} x {size} pixels",
+                device,
+                results=("dB", functools.partial(quality, kind), functools.partial(quality, peer)),
+                period=60,
+            )
+        )
+        rows.append(
+            Comparison(
+                "views",
+                scenes * views,
+                functools.partial(drawn, kind, where),
+                functools.partial(drawn, peer, seen),
+                name,
+                seen.shape[0] * seen.shape[1],
+                f"{kind}, views of {size} x {size} pixels",
+                device,
+            )
+        )
+    return rows
+
+
 COMPARISONS: dict[str, Callable[..., Comparison | list[Comparison]]] = {
+    "fields": radiance_fields,
     "functionals": functionals,
     "meta_world": meta_world,
     "fleet_tools": fleet_tools,
@@ -687,7 +808,7 @@ COMPARISONS: dict[str, Callable[..., Comparison | list[Comparison]]] = {
     "sirens": sirens,
 }
 _EXTRAS = {"functionals": "bench", "matching": "bench", "office_nav": "bench", "sirens": "zoos"}
-_ON_DEVICE = ("functionals", "office_nav")  # measured with tensors on a device of one's choice
+_ON_DEVICE = ("fields", "functionals", "office_nav")  # measured with tensors on a device of one's choice
 
 
 def compare(comparison: Comparison, repeat: int) -> dict[str, Any]:
@@ -741,8 +862,8 @@ def compare(comparison: Comparison, repeat: int) -> dict[str, Any]:
 
 def line(comparison: Comparison, row: dict[str, Any]) -> str:
     """One row as it is printed."""
-    ours, peer = (row[f"{side}_per_{row['clock']}_second"] for side in ("ours", "peer"))
-    second = "CPU-second" if row["clock"] == "cpu" else "second"
+    ours, peer = (row[f"{side}_per_{row['clock']}_second"] * comparison.period for side in ("ours", "peer"))
+    second = ("CPU-" if row["clock"] == "cpu" else "") + {1: "second", 60: "minute"}[comparison.period]
     spread = f"({row['ratio_min']:.2f} to {row['ratio_max']:.2f} in {row['pairs']} pairs)"
     measured = f"{ours:.4g} {row['unit']} a {second}, {row['peer']} {peer:.4g}"
     if comparison.unit_bytes == 1:
@@ -760,7 +881,7 @@ class Args:
     repeat: int = 5
     """Pairs of runs of each."""
     device: str = "cpu"
-    """Where the tensors of functionals and office_nav are; on an accelerator, seconds are those of the clock."""
+    """Where fields, functionals and office_nav work; on an accelerator, seconds are those of the clock."""
     out: Path | None = None
     """Write the figures to this .json file."""
 

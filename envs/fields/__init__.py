@@ -2,7 +2,8 @@
 
 All kinds share one door: ``fit(kind, views, **options)`` fits one field to each of N worlds at once and returns their
 :class:`Fields`, and ``render(fields, view)`` draws them. What a view is belongs to the kind: an image and a size for
-``siren``; for ``voxel`` the pictures of a moving camera with its poses, and the poses to look from.
+``siren``; for radiance fields (``voxel``, ``hash``, ``nerfstudio``) the pictures of a moving camera with its poses, and
+the poses to look from.
 """
 
 from __future__ import annotations
@@ -43,10 +44,11 @@ def fit(kind: str, views: Any, **options: Any) -> Fields:
 
     Args:
         kind: A name in :data:`FIELDS`.
-        views: What is seen of each world; for ``siren`` images [N, h, w] or [N, h, w, C], for ``voxel`` a list of
+        views: What is seen of each world; for ``siren`` images [N, h, w] or [N, h, w, C], for radiance fields a list of
             :class:`fleetgym.envs.fields.captures.Capture`.
-        options: Those of the kind's ``fit``; for ``siren`` see :func:`fleetgym.envs.fields.siren.fit_sirens`, for
-            ``voxel`` :func:`fleetgym.envs.fields.voxel.fit_voxels`.
+        options: Those of the kind's ``fit``: :func:`fleetgym.envs.fields.siren.fit_sirens`,
+            :func:`fleetgym.envs.fields.voxel.fit_voxels`, :func:`fleetgym.envs.fields.hash.fit_hashes`,
+            :func:`fleetgym.envs.fields.nerfstudio.fit_nerfstudio`.
 
     Raises:
         UserError: Unknown kind, or views or options that it does not take.
@@ -59,6 +61,6 @@ def render(fields: Fields, view: Any = None) -> Any:
 
     Args:
         fields: What :func:`fit` returned.
-        view: For ``siren`` a size ``(h, w)``, for ``voxel`` poses [M, 4, 4] or [N, M, 4, 4].
+        view: For ``siren`` a size ``(h, w)``, for radiance fields poses [M, 4, 4] or [N, M, 4, 4].
     """
     return fields.render(view)

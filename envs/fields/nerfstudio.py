@@ -11,7 +11,8 @@ What would go wrong with its defaults, and what is done:
 - Its cameras are optimised along with the scene. Poses here are exact: that is off.
 - An embedding of each picture lets its colours drift apart from those of views that have none: that is off, too.
 - Masked pixels are never sampled; splatfacto, which draws whole pictures, gets them as masks.
-- Its models anneal their samplers in callbacks, which its trainer calls. They are called here.
+- Its models anneal their samplers in callbacks, which its trainer calls. They are called here. The annealing is meant
+  for tens of thousands of steps, and its state is not among a model's tensors: it ends after a fifth of the steps.
 - tiny-cuda-nn makes its networks where it is installed; elsewhere, and on a CPU, PyTorch does.
 - Every model loads a network for perceptual distances, which it would have to download. It is left out.
 
@@ -109,7 +110,7 @@ def _without_downloads() -> Iterator[None]:
         setattr(lpip, name, real)
 
 
-def _config(method: str, near: float, far: float, device: str, options: Mapping[str, Any]) -> Any:
+def _config(method: str, near: float, far: float, iterations: int, device: str, options: Mapping[str, Any]) -> Any:
     """The configuration of a model; ``near`` and ``far`` in units of the scale."""
     with _quiet():
         from nerfstudio.cameras.camera_optimizers import CameraOptimizerConfig
@@ -123,6 +124,7 @@ def _config(method: str, near: float, far: float, device: str, options: Mapping[
                 "far_plane": far,
                 "use_appearance_embedding": False,
                 "average_init_density": 0.01,
+                "proposal_weights_anneal_max_num_iters": min(1000, iterations // 5 + 1),
                 "implementation": "tcnn" if fast else "torch",
                 "eval_num_rays_per_chunk": _CHUNK.get(torch.device(device).type, 1 << 12),
             }
@@ -226,6 +228,8 @@ def _train(model: Any, method: str, cameras: Any, capture: Capture, steps: Steps
         scaler.update()
         for callback in callbacks:
             callback.run_callback_at_location(step, TrainingCallbackLocation.AFTER_TRAIN_ITERATION)
+    if method == "nerfacto":
+        model.proposal_sampler.set_anneal(1.0)  # as in a model that was read
     model.eval()
 
 
@@ -315,7 +319,7 @@ class Nerfstudios(Radiance):
             near, far = config["near"] / config["scale"], config["far"] / config["scale"]
             try:
                 models[one.scene] = _model(
-                    _config(config["method"], near, far, device, config["model"]), one.views, device
+                    _config(config["method"], near, far, one.iterations, device, config["model"]), one.views, device
                 ).eval()
                 models[one.scene].load_state_dict(mine)
             except RuntimeError as error:
@@ -393,7 +397,7 @@ def fit_nerfstudio(
     options = dict(model or {})
     work = Work.of(captures, centre, hold_out, on_error)
     require("nerfstudio")
-    config = _config(method, near / scale, far / scale, device, options)
+    config = _config(method, near / scale, far / scale, steps.iterations, device, options)
     on_cuda = torch.device(device).type == "cuda"
     clock = time.perf_counter if on_cuda else time.process_time
     models, seconds = {}, {}

@@ -52,9 +52,26 @@ def test_speed_without_the_peers(monkeypatch, capsys):
     assert "rebasinn is missing (peers); install it with: pip install 'fleetgym[bench]'" in capsys.readouterr().err
     done = []
     for name in COMPARISONS:
-        monkeypatch.setitem(COMPARISONS, name, lambda name=name: done.append(name) or [])
-    assert main(["bench", "speed"]) == 0 and done == ["meta_world", "fleet_tools", "fleet_training", "sirens"]
+        monkeypatch.setitem(COMPARISONS, name, lambda *device, name=name: done.append(name) or [])
+    assert main(["bench", "speed"]) == 0
+    assert done == ["fields", "meta_world", "fleet_tools", "fleet_training", "sirens"]
     assert "matching is left out: pip install 'fleetgym[bench]'" in capsys.readouterr().out
+
+
+def test_speed_of_radiance_fields(monkeypatch, capsys):
+    pytest.importorskip("pybullet")
+    from fleetgym.benchmarks.speed import line, radiance_fields
+
+    monkeypatch.setitem(EXTRAS, "nerfstudio", Extra(("no_such_module",), "models"))
+    hashing = dict(iterations=10, batch=128, levels=4, table=1 << 10, samples=(8, 6), hidden=16)
+    options = {"hash": hashing, "voxel": {"iterations": 10, "batch": 128}}
+    fits, views = radiance_fields(size=16, scenes=2, distinct=1, views=2, options=options)
+    assert "nerfstudio, the peer, is missing here: pip install" in capsys.readouterr().out
+    found = compare(fits, 1)
+    assert (fits.count, views.count, found["unit"]) == (2, 4, "scenes")
+    assert found["ours_result"] > 8 and found["peer_result"] > 8
+    assert "scenes a CPU-minute, voxel" in line(fits, found)
+    assert "views a CPU-second" in line(views, compare(views, 1))
 
 
 def test_speed_of_sirens():

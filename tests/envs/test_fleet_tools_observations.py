@@ -17,6 +17,7 @@ from fleetgym.core.rollout import rollout
 from fleetgym.envs import rendering, suite
 from fleetgym.envs.fleet_tools import observe
 from fleetgym.envs.fleet_tools.env import FleetToolsEnv
+from fleetgym.envs.fleet_tools.instances import UNSEEN
 from fleetgym.envs.rendering import Camera
 
 draws = pytest.mark.skipif(choose_gl() not in BACKENDS, reason="no OpenGL here that renders without a screen")
@@ -199,6 +200,21 @@ def test_points_of_shapes_lie_on_surfaces(task):
         # No point is inside of another shape.
         assert from_shapes.min() > -3e-6
         assert len(np.unique(points, axis=0)) == 512
+
+
+def test_what_touches_unseen_has_no_points_and_is_in_no_picture():
+    env = FleetToolsEnv("Whisk", arm="hand", observation="points")
+    env.reset(seed=0)
+    model = env.model
+    (core,) = np.flatnonzero(model.geom_group == UNSEEN)
+    assert model.geom_contype[core] == 1 and model.geom_conaffinity[core] == 1
+    assert not mujoco.MjvOption().geomgroup[UNSEEN]
+    held, _ = observe.moving_bodies(model)
+    (points,) = observe.sample_surface(model, held, 20000, np.random.default_rng(0))
+    place, rotation = env.data.body("tool").xpos, env.data.body("tool").xmat.reshape(3, 3)
+    away = np.abs(from_surface(model, env.data, core, points @ rotation.T + place))
+    # Wires pass through its surface in places; a core with points of its own has far more.
+    assert (away < 1e-6).mean() < 1e-3
 
 
 def test_points_belong_to_the_instances():

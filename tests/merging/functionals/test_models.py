@@ -140,6 +140,14 @@ def test_networks_run_together_as_they_do_alone(cell):
     assert torch.allclose(probes(WeightBatch.stack(spec, x.unstack()).apply(spec.random(1))), probes(x), atol=1e-4)
 
 
+def test_probes_in_units():
+    nets, spec, x = zoo(3)
+    mean, std = torch.tensor([2.0, 0.0, -1.0]), torch.tensor([0.1, 1.0, 5.0])
+    probes = ProbeEncoder(spec, nets[0], (3,), probes=5, units=(mean, std))
+    wanted = torch.stack([net(mean + std * probes.probes).flatten() for net in nets])
+    assert torch.allclose(probes.responses(x), wanted, atol=1e-5)
+
+
 def test_a_bidirectional_network_runs():
     class Both(nn.Module):
         def __init__(self):
