@@ -71,7 +71,7 @@ class Preset:
 
     task: str = "Procedural"
     """Task of the grasping suite."""
-    demonstrations: int = 24
+    demonstrations: int = 12
     """Successful demonstrations."""
     image_size: int = 64
     """Pixels a side."""
