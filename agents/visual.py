@@ -294,7 +294,7 @@ def train_visual(
         report: Called with (steps done, words) now and then.
 
     Returns:
-        ``step`` and ``loss`` (metres) at some steps.
+        ``step``, ``loss`` (metres) and ``cpu_seconds`` (from the first step on, over all runs) at some steps.
 
     Raises:
         UserError: Nothing to learn from, or the training diverged.
@@ -324,6 +324,7 @@ def train_visual(
     share = config.corrective if corrective is not None and len(corrective) else 0.0
     sizes = (config.batch_size - round(share * config.batch_size), round(share * config.batch_size))
     last_save = time.monotonic()
+    began = time.process_time() - (history[-1]["cpu_seconds"] if history else 0.0)
     total = 0.0
     for step in range(first, config.steps):
         draws = torch_generator("visual", seed, step)
@@ -352,7 +353,8 @@ def train_visual(
             total = 0.0
             if not np.isfinite(mean):
                 raise UserError(f"the loss is {mean} at step {done}; lower learning_rate")
-            history.append({"step": done, "loss": mean})
+            spent = round(time.process_time() - began, 2)
+            history.append({"step": done, "loss": mean, "cpu_seconds": spent})
             if report is not None:
                 report(done, f"loss {1000 * mean:.1f} mm")
             late = time.monotonic() - last_save > save_every

@@ -386,8 +386,12 @@ def run_job(job: Job) -> None:
         settings = {"job": job.name, "part": part, "preset": dataclasses.asdict(preset)}
         with Run.open(folder / "training" / f"seed{job.seed}" / part, settings, resume=True, tensorboard=False) as run:
             said = functools.partial(_say, f"{job.method}, seed {job.seed}", config.steps)
-            train_visual(policy, steps, more, config, seed=job.seed, device=job.device, run=run, report=said)
+            aside = time.process_time()
+            history = train_visual(policy, steps, more, config, seed=job.seed, device=job.device, run=run, report=said)
             run.save_checkpoint("last", policy.cpu())
+        # An interrupted training has cost what it cost before, too.
+        nonlocal began
+        began += time.process_time() - aside - history[-1]["cpu_seconds"]
         return policy
 
     if job.method == "dagger":
