@@ -170,6 +170,13 @@ def test_ablations(folder, tmp_path, monkeypatch):
     assert trained == [("iterations=2", "training", "seed0", "spartn")]
 
 
+@pytest.mark.parametrize("splits", [("train", "ycb"), ("train", "held_out", "ycb")])
+def test_the_first_column_is_what_ablations_measure(splits):
+    kinds = [(protocol, split) for protocol in bench.PROTOCOLS for split in splits]
+    row = {"results": [{"protocol": protocol, "split": split} for protocol, split in kinds]}
+    assert bench._columns([row])[0] == sorted(kinds, key=bench._rank)[0] == ("disturbed", splits[1])
+
+
 def test_a_film_of_a_policy_that_is_pushed(folder, tmp_path, monkeypatch):
     small = {"observation": ("rgb", "depth"), "image_size": 24, "horizon": 8}
     expert, options = load_policy("expert", "Named")
