@@ -165,7 +165,12 @@ def test_ablations(folder, tmp_path, monkeypatch):
     assert "## Ablations" in (out / "leaderboard.md").read_text()
     (out / made[2]).unlink()
     trained = []
-    monkeypatch.setattr(bench, "train_visual", lambda *a, **k: trained.append(k["run"].path.parts[-4:]))
+
+    def trains(*arguments, run, **options):
+        trained.append(run.path.parts[-4:])
+        return [{"cpu_seconds": 0.0}]
+
+    monkeypatch.setattr(bench, "train_visual", trains)
     assert bench.main(words) == 0
     assert trained == [("iterations=2", "training", "seed0", "spartn")]
 
