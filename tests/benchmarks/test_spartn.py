@@ -165,9 +165,21 @@ def test_ablations(folder, tmp_path, monkeypatch):
     assert "## Ablations" in (out / "leaderboard.md").read_text()
     (out / made[2]).unlink()
     trained = []
-    monkeypatch.setattr(bench, "train_visual", lambda *a, **k: trained.append(k["run"].path.parts[-4:]))
+
+    def trains(*arguments, run, **options):
+        trained.append(run.path.parts[-4:])
+        return [{"cpu_seconds": 0.0}]
+
+    monkeypatch.setattr(bench, "train_visual", trains)
     assert bench.main(words) == 0
     assert trained == [("iterations=2", "training", "seed0", "spartn")]
+
+
+@pytest.mark.parametrize("splits", [("train", "ycb"), ("train", "held_out", "ycb")])
+def test_the_first_column_is_what_ablations_measure(splits):
+    kinds = [(protocol, split) for protocol in bench.PROTOCOLS for split in splits]
+    row = {"results": [{"protocol": protocol, "split": split} for protocol, split in kinds]}
+    assert bench._columns([row])[0] == sorted(kinds, key=bench._rank)[0] == ("disturbed", splits[1])
 
 
 def test_a_film_of_a_policy_that_is_pushed(folder, tmp_path, monkeypatch):
