@@ -61,6 +61,7 @@ PROTOCOLS = {"clean": "none", "disturbed": "knocks"}
 """Name -> the environment's ``disturbance``."""
 SPLITS = ("train", "held_out", "ycb")
 """Objects to measure on; ``ycb`` are the nine household objects that GA-DDPG and SPARTN were measured on."""
+FIELD_KINDS = ("voxel", "hash", "nerfstudio")
 EVALUATION_SEED = 1_000_000
 _MORE_SEED = 500_000  # of what online methods collect besides
 
@@ -81,6 +82,8 @@ class Preset:
     """Largest error along each axis, metres."""
     rotation: float = 0.2
     """Largest error of each component of the rotation vector, radians."""
+    field: str = "voxel"
+    """Kind of field: voxel, hash or nerfstudio."""
     iterations: int = 100
     """Of fitting a field."""
     left_out: int = 0
@@ -99,6 +102,8 @@ class Preset:
     """What is measured: all, or PROTOCOL:SPLIT once or more with spaces, such as disturbed:held_out."""
 
     def __post_init__(self) -> None:
+        if self.field not in FIELD_KINDS:
+            raise unknown("field", self.field, FIELD_KINDS)
         for text in self.measured.split() if self.measured != "all" else ():
             protocol, _, split = text.partition(":")
             for kind, name, names in (("protocol", protocol, PROTOCOLS), ("split", split, SPLITS)):
@@ -120,6 +125,17 @@ PRESETS = {
         demonstrations=12, image_size=48, steps=1000, episodes=30, measured="disturbed:train disturbed:held_out"
     ),
     "cpu": Preset(),
+    # Pictures as large as in GA-DDPG; not run yet, so the rest is a guess at what an accelerator does in an hour.
+    "gpu": Preset(
+        demonstrations=200,
+        image_size=112,
+        number=12,
+        iterations=200,
+        steps=20_000,
+        batch_size=256,
+        width=48,
+        episodes=100,
+    ),
 }
 QUICK_METHODS = ("bc", "spartn")
 
@@ -301,7 +317,7 @@ def corrective(
     elif job.method == "oracle":
         render = Oracle(preset)
     else:
-        fitting = functools.partial(fit, "voxel", iterations=preset.iterations, device=job.device)
+        fitting = functools.partial(fit, preset.field, iterations=preset.iterations, device=job.device)
         capture = functools.partial(_capture, lens)
         fields = field_renderer(fitting, capture, camera, left_out=preset.left_out)
         render = Judged(fields, Oracle(preset).views, camera.gripper)
@@ -595,7 +611,7 @@ class Args:
     """Corrective views for grasping: collects, fits fields, trains, evaluates and writes a leaderboard."""
 
     preset: str = "quick"
-    """quick (12 demonstrations) or cpu."""
+    """quick or cpu (12 demonstrations), or gpu (200; give --device cuda)."""
     methods: tuple[str, ...] = ()
     """Rows to fill; by default bc and spartn for quick, all for the others."""
     seeds: tuple[int, ...] = (0,)

@@ -19,6 +19,7 @@ CHANGES = {
     "number": ("homography", "spartn", "oracle"),
     "translation": ("spartn", "oracle"),
     "rotation": ("homography", "spartn", "oracle"),
+    "field": ("spartn",),
     "iterations": ("spartn",),
     "left_out": ("spartn",),
     "rounds": ("dagger",),

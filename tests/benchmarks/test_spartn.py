@@ -229,6 +229,7 @@ def test_online_methods(folder):
         (["--override", "task=YCB"], "held out"),
         (["--override", "measured=clean:trian"], "train"),
         (["--override", "measured=clear:train"], "clean"),
+        (["--override", "field=vxel"], "voxel"),
         (["--override", "task=Named", "measured=clean:held_out"], "no such objects here"),
         (["--ablate", "demonstrations"], "FIELD=VALUE"),
         (["--ablate", "demonstrations=6,06"], "value is given twice"),
