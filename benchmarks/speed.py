@@ -728,8 +728,8 @@ def radiance_fields(
     """Scenes fitted, and views drawn, by voxels and by hash tables; beside nerfstudio's nerfacto where it is installed.
 
     Without nerfstudio the two stand beside each other. Each row of fits says the decibels on views that were held out.
-    nerfacto fits one scene in a call, on an accelerator with its own settings and 500 steps. On a CPU it has 8 levels with
-    tables of 2^15 and takes 60 steps of 512 rays, and hash tables take 60 steps: there voxels are what to use.
+    nerfacto fits one scene in a call, on an accelerator with its own settings and 500 steps. On a CPU it has 8 levels
+    with tables of 2^15 and takes 60 steps of 512 rays, and hash tables take 60 steps: there voxels are what to use.
 
     Args:
         device: Where to fit and to draw.
