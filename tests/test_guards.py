@@ -56,6 +56,7 @@ PACKAGES = {
 # A world's own folder may import its simulator at the top: whoever imports it wants that world. So may Flower's, and
 # what is compiled.
 WORLDS = {
+    "envs/fields/nerfstudio.py": {"nerfstudio", "torch"},
     "envs/fields/": {"numba", "torch"},
     "envs/fleet_tools/": {"mujoco", "numba", "PIL", "scipy"},
     "envs/grasping/": {"PIL", "numba", "pybullet", "scipy"},
