@@ -217,7 +217,7 @@ def antipodal(thing: Thing, samples: int = SAMPLES) -> np.ndarray:
     return poses
 
 
-@functools.lru_cache(maxsize=2048)
+@functools.lru_cache(maxsize=256)
 def grasps_of(family: str, name: str) -> np.ndarray:
     """:func:`antipodal` of an object by its name, kept."""
     poses = antipodal(load(family, name))

@@ -107,7 +107,8 @@ def load(family: str, name: str) -> Thing:
     return _load(family, name)
 
 
-@functools.lru_cache(maxsize=1024)
+# An object and its grasps take two megabytes.
+@functools.lru_cache(maxsize=256)
 def _load(family: str, name: str) -> Thing:
     return {"Procedural": _procedural, "Named": _named, "YCB": _ycb}[family](name)
 
