@@ -422,7 +422,7 @@ def test_long_run(task, arm):
     grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
     print(f"{env_id(task, arm)}: {speed:.2f} m/s, {energy:.1f} J, {warned} warnings, {grown:.1f} MB more")
     # Once in a thousand episodes a ball of 20 g is pinched between scoop and tray with 200 N, and leaves with 5 m/s,
-    # a quarter of a joule; with half the time step it is half the speed.
+    # that is a quarter of a joule; with half the time step it is half the speed.
     assert warned == 0 and energy < 60 and speed < 8 and grown < 20
 
 
