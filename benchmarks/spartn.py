@@ -50,7 +50,7 @@ from fleetgym.core.records import provenance, wilson_interval
 from fleetgym.core.render import write_video
 from fleetgym.core.rollout import Episode, collect, rollout
 from fleetgym.core.run import Run
-from fleetgym.core.seeding import seed_everything
+from fleetgym.core.seeding import generator, seed_everything
 from fleetgym.envs import suite
 from fleetgym.envs.grasping.names import OBJECTS
 
@@ -333,7 +333,10 @@ def corrective(
 
 
 def dagger(job: Job, own: Demonstrations, policy: VisualPolicy, seeds: Sequence[int]) -> Steps:
-    """Episodes played by the policy, each step labelled with what the expert would do there.
+    """Episodes that the policy begins and the expert ends; each step is labelled with what the expert would do there.
+
+    The expert takes over after six to eleven steps, as in GA-DDPG's training. Left to itself the policy lags behind, and
+    an expert that wants to arrive in time then asks for the largest steps there are, which the policy learns.
 
     Source: S. Ross, G. Gordon, D. Bagnell, "A Reduction of Imitation Learning and Structured Prediction to No-Regret
     Online Learning", AISTATS 2011.
@@ -346,13 +349,14 @@ def dagger(job: Job, own: Demonstrations, policy: VisualPolicy, seeds: Sequence[
         for seed in seeds:
             observation, _ = env.reset(seed=seed)
             start, seen, actions = True, [], []
+            handed_over = int(generator("dagger", job.seed, seed).integers(6, 12))
             while True:
                 batch = {key: np.asarray(value)[None] for key, value in observation.items()}
                 label, _ = expert.predict(batch, None, np.array([start]))
                 seen.append(observation)
                 actions.append(np.clip(label[0], -1, 1))
-                action, _ = policy.predict(observation)
-                observation, _, terminated, truncated, info = env.step(np.clip(action, -1, 1))
+                action = policy.predict(observation)[0] if len(actions) <= handed_over else actions[-1]
+                observation, _, terminated, truncated, info = env.step(np.clip(action, -1, 1).astype(np.float32))
                 start = False
                 if terminated or truncated:
                     break
