@@ -335,8 +335,8 @@ def corrective(
 def dagger(job: Job, own: Demonstrations, policy: VisualPolicy, seeds: Sequence[int]) -> Steps:
     """Episodes that the policy begins and the expert ends; each step is labelled with what the expert would do there.
 
-    The expert takes over after six to eleven steps, as in GA-DDPG's training. Left to itself the policy lags behind, and
-    an expert that wants to arrive in time then asks for the largest steps there are, which the policy learns.
+    The expert takes over after six to eleven steps, as in GA-DDPG's training. Left to itself the policy lags behind,
+    and an expert that wants to arrive in time then asks for the largest steps there are, which the policy learns.
 
     Source: S. Ross, G. Gordon, D. Bagnell, "A Reduction of Imitation Learning and Structured Prediction to No-Regret
     Online Learning", AISTATS 2011.
