@@ -211,7 +211,7 @@ def test_a_film_of_a_policy_that_is_pushed(folder, tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_online_methods(folder):
-    for method in ("dart", "dagger"):
+    for method in ("bc", "dart", "dagger"):
         bench.run_job(bench.Job(method, 0, TINY, str(folder)))
     rows = {row["method"]: row for row in bench.load(folder)}
     assert rows["dagger"]["pictures"] > rows["bc"]["pictures"] < rows["dart"]["pictures"]
