@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import pickle
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor, as_completed
@@ -32,10 +31,11 @@ from fleetgym.core.checkpoint import load_tensors, save_tensors
 from fleetgym.core.demonstrations import Demonstrations
 from fleetgym.core.errors import UserError
 from fleetgym.core.files import atomic_write, jsonable, read_json, write_json
+from fleetgym.core.pictures import psnr
 from fleetgym.core.rollout import Episode
 from fleetgym.core.run import Run
 from fleetgym.core.seeding import generator
-from fleetgym.core.workers import worker_pool
+from fleetgym.core.workers import check_picklable, worker_pool
 
 
 @dataclass(frozen=True)
@@ -256,7 +256,7 @@ class _FieldRenderer:
             out = np.linspace(1, steps - 2, self.left_out).round().astype(int)
             rest = np.setdiff1d(np.arange(steps), out)
             seen = self._fitted(episode, rest).render(episode.observations["pose"][out] @ self.eye.hand_eye)[0]
-            notes["psnr"] = psnr(seen, episode.observations["rgb"][out], ~self.eye.gripper)
+            notes["psnr"] = psnr(seen, episode.observations["rgb"][out], ~self.eye.gripper, most=120.0)
         began = time.process_time()
         fields = self._fitted(episode, np.arange(steps))
         fitted = time.process_time()
@@ -293,13 +293,6 @@ def field_renderer(
         **options: Of ``fit``.
     """
     return _FieldRenderer(fit, capture, eye, left_out, np.asarray(grasp, np.float64), options)
-
-
-def psnr(pictures: np.ndarray, wanted: np.ndarray, mask: np.ndarray | None = None) -> float:
-    """Peak signal to noise ratio, dB, of pictures [M, h, w, 3] uint8 over the pixels of ``mask`` [h, w] or all."""
-    error = ((pictures.astype(np.float64) - wanted) / 255.0) ** 2
-    mean = error.mean() if mask is None else error[:, mask].mean()
-    return float(-10.0 * np.log10(max(mean, 1e-12)))
 
 
 def spartn(
@@ -372,13 +365,7 @@ def spartn(
             for index in todo:
                 note(index, _augmented(place, index, lean[index], eye, render, options))
         elif todo:
-            try:
-                pickle.dumps((eye, render, options))
-            except Exception as error:
-                raise UserError(
-                    f"the renderer must be picklable to go to worker processes ({error}); use functions defined at the "
-                    "top of a module, or workers=1"
-                ) from error
+            check_picklable((eye, render, options), "the renderer", "workers=1")
             futures = {executor.submit(_augmented, place, i, lean[i], eye, render, options): i for i in todo}
             try:
                 for future in as_completed(futures):

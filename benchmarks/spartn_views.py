@@ -9,11 +9,13 @@ from typing import Any
 
 import numpy as np
 
-from fleetgym.agents.spartn import EyeInHand, Renderer, psnr
+from fleetgym.agents.spartn import EyeInHand, Renderer
+from fleetgym.core.pictures import psnr
 from fleetgym.core.rollout import Episode
 
 JUDGED = 20
 """Views of a demonstration that are compared, at most."""
+_MOST = 120.0  # dB of equal pictures
 COLUMNS = ("demonstrated", "rendered", "simulator", "difference")
 """Of a contact sheet."""
 
@@ -45,10 +47,10 @@ class Judged:
         began = time.process_time()
         at = np.unique(np.linspace(0, len(poses) - 1, JUDGED).round().astype(int))
         wanted, shown = self.views(episode.seed, poses[at])
-        found = {"views_psnr": psnr(pictures[at], wanted, ~self.gripper), "views_psnr_object": None}
+        found = {"views_psnr": psnr(pictures[at], wanted, ~self.gripper, _MOST), "views_psnr_object": None}
         shown = shown & ~self.gripper
         if shown.any():
-            found["views_psnr_object"] = psnr(pictures[at][shown][None, :], wanted[shown][None, :])
+            found["views_psnr_object"] = psnr(pictures[at][shown][None, :], wanted[shown][None, :], most=_MOST)
         return pictures, {**notes, **found, "aside_seconds": time.process_time() - began}
 
 

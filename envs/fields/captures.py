@@ -11,7 +11,7 @@ import numpy as np
 
 from fleetgym.core.errors import UserError
 
-__all__ = ["Capture", "Intrinsics", "check_poses", "psnr", "rays"]
+__all__ = ["Capture", "Intrinsics", "check_poses", "rays"]
 
 #: Fewer views than this do not show where things are.
 MIN_VIEWS = 3
@@ -215,22 +215,3 @@ def rays(poses: np.ndarray, camera: Intrinsics, dtype: Any = np.float32) -> np.n
     out[..., :3] = poses[:, None, None, :3, 3]
     out[..., 3:] = np.einsum("vij,hwj->vhwi", poses[:, :3, :3], way)
     return out
-
-
-def psnr(pictures: Any, truth: Any, where: Any = None) -> float:
-    """Peak signal-to-noise ratio in dB of 8-bit pictures; infinite where they are equal.
-
-    Args:
-        pictures: [..., 3] uint8.
-        truth: The same shape.
-        where: Booleans, [...]: the pixels that count; None for all.
-
-    Raises:
-        UserError: No pixel counts.
-    """
-    error = (np.asarray(pictures, np.float64) - np.asarray(truth, np.float64)) / 255
-    error = error if where is None else error[where]
-    if not error.size:
-        raise UserError("no pixel counts; a PSNR needs one")
-    mean = float(np.mean(error**2))
-    return -10 * math.log10(mean) if mean else math.inf

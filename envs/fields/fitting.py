@@ -16,9 +16,10 @@ from torch import Tensor
 from fleetgym.core.checkpoint import load_tensors, save_tensors
 from fleetgym.core.errors import UserError
 from fleetgym.core.files import atomic_folder, current_folder, read_json, write_json
+from fleetgym.core.pictures import psnr
 from fleetgym.core.run import track
 from fleetgym.core.seeding import generator, torch_generator
-from fleetgym.envs.fields.captures import Capture, Intrinsics, check_poses, psnr, rays
+from fleetgym.envs.fields.captures import Capture, Intrinsics, check_poses, rays
 from fleetgym.envs.fields.marching import Scenes, march
 
 __all__ = ["Radiance", "Report", "Work", "middle"]

@@ -13,7 +13,6 @@ from fleetgym.agents.spartn import (
     augment,
     field_renderer,
     homography_renderer,
-    psnr,
     spartn,
 )
 from fleetgym.agents.visual import (
@@ -26,6 +25,7 @@ from fleetgym.agents.visual import (
     train_visual,
 )
 from fleetgym.core import Checkpoint, Demonstrations, Run, UserError, se3
+from fleetgym.core.pictures import psnr
 from fleetgym.core.rollout import Episode
 
 SIZE = 16

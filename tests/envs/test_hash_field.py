@@ -8,10 +8,11 @@ import pytest
 import torch
 
 from fleetgym.core.errors import UserError
+from fleetgym.core.pictures import psnr
 from fleetgym.envs import fields
 from fleetgym.envs.fields import fitting
 from fleetgym.envs.fields import hash as hashing
-from fleetgym.envs.fields.captures import Capture, Intrinsics, psnr, rays
+from fleetgym.envs.fields.captures import Capture, Intrinsics, rays
 from fleetgym.envs.fields.hash import Hashes
 from fleetgym.envs.fields.marching import march
 

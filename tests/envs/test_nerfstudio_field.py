@@ -9,9 +9,10 @@ import torch
 
 from fleetgym.core.errors import UserError
 from fleetgym.core.optional import EXTRAS, Extra, install_line, installed
+from fleetgym.core.pictures import psnr
 from fleetgym.envs import fields
 from fleetgym.envs.fields import nerfstudio
-from fleetgym.envs.fields.captures import Capture, Intrinsics, psnr
+from fleetgym.envs.fields.captures import Capture, Intrinsics
 
 with_nerfstudio = pytest.mark.skipif(not installed("nerfstudio"), reason=install_line("nerfstudio"))
 # A model that a CPU fits in seconds.

@@ -5,9 +5,10 @@ import pytest
 import torch
 
 from fleetgym.core.errors import UserError
+from fleetgym.core.pictures import psnr
 from fleetgym.envs import fields
 from fleetgym.envs.fields import voxel, voxel_kernels
-from fleetgym.envs.fields.captures import Capture, Intrinsics, check_poses, psnr, rays
+from fleetgym.envs.fields.captures import Capture, Intrinsics, check_poses, rays
 from fleetgym.envs.fields.marching import contract, march
 from fleetgym.envs.fields.voxel import Voxels
 

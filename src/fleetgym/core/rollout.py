@@ -8,7 +8,6 @@ batch sizes; use ``num_envs=1`` on both sides where even that matters.)
 from __future__ import annotations
 
 import os
-import pickle
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -22,6 +21,7 @@ from gymnasium import spaces
 
 from fleetgym.core.errors import UserError, unknown
 from fleetgym.core.policy import Policy
+from fleetgym.core.workers import check_picklable
 
 if TYPE_CHECKING:
     from fleetgym.core.demonstrations import Demonstrations
@@ -600,13 +600,7 @@ def _share_out(
     from concurrent.futures import ProcessPoolExecutor
 
     if isinstance(executor, ProcessPoolExecutor):
-        try:
-            pickle.dumps((policy, source, options))
-        except Exception as error:
-            raise UserError(
-                f"policy, environment and options must be picklable to go to worker processes ({error}); "
-                "use functions defined at the top of a module, or leave the executor out"
-            ) from error
+        check_picklable((policy, source, options), "policy, environment and options", "leave the executor out")
     workers = getattr(executor, "_max_workers", None) or os.cpu_count() or 1
     size = max(1, -(-len(seeds) // (workers * _CHUNKS_PER_WORKER)))
     size = min(len(seeds), _LARGEST_CHUNK * options["num_envs"], max(size, options["num_envs"]))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import pickle
 import signal
 import threading
 from collections.abc import Callable, Iterator
@@ -31,6 +32,26 @@ def _end_with_parent() -> None:
     # A killed parent cannot end its workers: they would go on for hours and hold the locks of their runs.
     parent_process().join()
     os._exit(1)
+
+
+def check_picklable(things: Any, name: str, instead: str) -> None:
+    """Refuses what cannot go to worker processes, before any has begun.
+
+    Args:
+        things: What would be sent.
+        name: What it is, for the message.
+        instead: What to do without processes, for the message.
+
+    Raises:
+        UserError: It does not pickle.
+    """
+    try:
+        pickle.dumps(things)
+    except Exception as error:
+        raise UserError(
+            f"{name} must be picklable to go to worker processes ({error}); use functions defined at the top of a "
+            f"module, or {instead}"
+        ) from error
 
 
 @contextlib.contextmanager
