@@ -13,12 +13,16 @@ HORIZON = 20
 INSTRUCTIONS: dict[str, str] = {
     "Procedural": "Grasp the unknown object in front of the palm and lift it.",
     "Named": "Grasp the toy or block in front of the palm and lift it.",
+    "Household": "Grasp the box, can, bottle, bowl or mug in front of the palm and lift it.",
     "YCB": "Grasp the household object in front of the palm and lift it.",
 }
 FAMILIES: tuple[str, ...] = tuple(INSTRUCTIONS)
 
 PROCEDURAL = tuple(f"{index:03d}" for index in range(1000))
 NAMED = ("duck", "teddy", "lego", "cube", "sphere", "jenga", "block", "soccerball")
+#: Classes of what is made from parameters; an object's number modulo five tells its class.
+HOUSEHOLD_CLASSES = ("box", "can", "bottle", "bowl", "mug")
+HOUSEHOLD = tuple(f"{index:03d}" for index in range(500))
 YCB = (
     "003_cracker_box",
     "004_sugar_box",
@@ -34,11 +38,12 @@ YCB = (
 OBJECTS: dict[str, dict[str, tuple[str, ...]]] = {
     "Procedural": {"all": PROCEDURAL, "train": PROCEDURAL[:900], "held_out": PROCEDURAL[900:]},
     "Named": {"all": NAMED, "train": NAMED},
+    "Household": {"all": HOUSEHOLD, "train": HOUSEHOLD[:400], "held_out": HOUSEHOLD[400:]},
     "YCB": {"all": YCB, "held_out": YCB},
 }
 SPLITS: dict[str, tuple[str, ...]] = {
     "all": FAMILIES,
-    "train": ("Procedural", "Named"),
+    "train": ("Procedural", "Named", "Household"),
     "held_out": ("YCB",),
 }
 

@@ -25,6 +25,7 @@ from scipy.spatial import ConvexHull, QhullError
 from fleetgym.core.errors import UserError
 from fleetgym.core.files import read_json, write_json
 from fleetgym.core.optional import require
+from fleetgym.envs.grasping import household
 from fleetgym.envs.grasping.names import resolve_objects
 
 #: Procedural objects are scaled by this, so that nearly all have a side that the gripper spans.
@@ -110,7 +111,7 @@ def load(family: str, name: str) -> Thing:
 # An object and its grasps take two megabytes.
 @functools.lru_cache(maxsize=256)
 def _load(family: str, name: str) -> Thing:
-    return {"Procedural": _procedural, "Named": _named, "YCB": _ycb}[family](name)
+    return {"Procedural": _procedural, "Named": _named, "Household": _household, "YCB": _ycb}[family](name)
 
 
 def hull(points: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, float, np.ndarray]:
@@ -285,6 +286,11 @@ def _named(name: str) -> Thing:
 def _middle(corners: np.ndarray) -> np.ndarray:
     points = corners.reshape(-1, 3)
     return 0.5 * (points.min(0) + points.max(0))
+
+
+def _household(name: str) -> Thing:
+    pieces, bands = household.parts(name)
+    return _thing(name, pieces, None, bands=bands)
 
 
 def _ycb(name: str) -> Thing:
