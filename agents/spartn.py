@@ -37,6 +37,9 @@ from fleetgym.core.run import Run
 from fleetgym.core.seeding import generator
 from fleetgym.core.workers import check_picklable, worker_pool
 
+#: A field's surfaces are known to some millimetres: a hand collides if so many points are so deep within it, metres.
+TOUCHES, SKIN = 2, 0.003
+
 
 @dataclass(frozen=True)
 class EyeInHand:
@@ -47,12 +50,15 @@ class EyeInHand:
         gripper: [h, w] bool, where the picture shows the gripper.
         translation: Metres that an action of 1 moves the hand by.
         rotation: Radians that an action of 1 turns it by.
+        solid: Boxes [n, 2, 3] that the hand and its open fingers fill, lowest and highest corners in the hand's frame,
+            metres; None where nobody knows them, and then no pose is dropped for what it would hit.
     """
 
     hand_eye: np.ndarray
     gripper: np.ndarray
     translation: float
     rotation: float
+    solid: np.ndarray | None = None
 
     def motion(self, actions: Any) -> np.ndarray:
         """The motions [..., 4, 4] of the hand in its own frame that actions [..., 6] ask for."""
@@ -63,6 +69,28 @@ class EyeInHand:
         """The actions [..., 6] that ask for motions [..., 4, 4]; they may be beyond -1..1."""
         translation, vector = se3.parts(motions)
         return np.concatenate([translation / self.translation, vector / self.rotation], axis=-1)
+
+
+def collides(hands: np.ndarray, solid: np.ndarray, points: np.ndarray) -> np.ndarray:
+    """Whether a hand would be where something else is.
+
+    Args:
+        hands: Poses [M, 4, 4].
+        solid: See :class:`EyeInHand`.
+        points: Of the surfaces that were seen [P, 3], metres.
+
+    Returns:
+        [M] bool: more than :data:`TOUCHES` points are deeper than :data:`SKIN` within the boxes.
+    """
+    low, high = solid[:, 0] + SKIN, solid[:, 1] - SKIN
+    reach = np.abs(solid).max(axis=(0, 1))
+    found = np.zeros(len(hands), bool)
+    for index, hand in enumerate(hands):
+        # Few points are near enough to be looked at in the hand's frame.
+        near = points[np.abs(points - hand[:3, 3]).max(axis=1) < np.linalg.norm(reach)]
+        local = ((near - hand[:3, 3]) @ hand[:3, :3])[:, None]
+        found[index] = ((local > low) & (local < high)).all(-1).any(-1).sum() > TOUCHES
+    return found
 
 
 @dataclass(frozen=True)
@@ -103,8 +131,9 @@ class Report:
 
     Attributes:
         rows: For each: ``seed``, ``views``, ``psnr`` (dB, on views left out of a fit; None where none was), ``made``
-            and ``rejected`` (pictures), ``clipped`` (share of labels beyond the limits), ``cpu_seconds``, ``failed``
-            (why there are no pictures of it; None if there are); and the notes of the renderer.
+            and ``rejected`` (pictures), ``collided`` (how many of these because the hand would hit something),
+            ``clipped`` (share of labels beyond the limits), ``cpu_seconds``, ``failed`` (why there are no pictures of
+            it; None if there are); and the notes of the renderer.
     """
 
     rows: list[dict[str, Any]] = field(default_factory=list)
@@ -119,7 +148,8 @@ class Report:
 
 
 #: ``render(episode, poses of the camera [M, 4, 4]) -> pictures [M, h, w, 3] uint8``, and notes for the report's row. A
-#: note ``aside_seconds`` is processor time that went into measuring, and does not count as the row's ``cpu_seconds``.
+#: note ``aside_seconds`` is processor time that went into measuring, and does not count as the row's ``cpu_seconds``; a
+#: note ``collides`` [M] bool says at which poses the hand would hit something: these pictures are dropped.
 Renderer = Callable[[Episode, np.ndarray], tuple[np.ndarray, Mapping[str, Any]]]
 
 
@@ -173,13 +203,21 @@ def augment(
     kept = erred[..., 2, 3] >= noise.lowest
     labels = eye.action(se3.inverse(errors) @ eye.motion(episode.actions[:steps]))
     row = {"seed": episode.seed, "views": steps, "psnr": None, "made": 0, "rejected": int((~kept).sum())}
-    row |= {"clipped": 0.0, "failed": None}
+    row |= {"collided": 0, "clipped": 0.0, "failed": None}
     try:
         if not kept.any():
             raise UserError(f"all poses beside it are lower than lowest={noise.lowest}; lower that, or the noise")
         pictures, notes = render(episode, (erred @ eye.hand_eye)[kept])
     except UserError as error:
         return [], {**row, "failed": str(error), "cpu_seconds": round(time.process_time() - began, 2)}
+    notes = dict(notes)
+    hit = notes.pop("collides", None)
+    if hit is not None and hit.any():
+        row |= {"collided": int(hit.sum()), "rejected": row["rejected"] + int(hit.sum())}
+        pictures, kept[kept] = pictures[~hit], ~hit
+    if not kept.any():
+        failed = f"the hand would hit something at all {row['rejected']} poses beside it; lower the noise"
+        return [], {**row, **notes, "failed": failed, "cpu_seconds": round(time.process_time() - began, 2)}
     at = np.broadcast_to(np.arange(steps), (number, steps))[kept]
     pictures = np.where(eye.gripper[..., None], observations["rgb"][at], pictures)
     beyond = np.abs(labels).max(-1) > 1.0
@@ -260,9 +298,15 @@ class _FieldRenderer:
         began = time.process_time()
         fields = self._fitted(episode, np.arange(steps))
         fitted = time.process_time()
+        look = getattr(fields, "surfaces", None)
+        if self.eye.solid is not None and look is not None:
+            points = look(episode.observations["pose"][:steps] @ self.eye.hand_eye)[0]
+            hands = poses @ se3.inverse(self.eye.hand_eye)
+            notes["collides"] = collides(hands, self.eye.solid, points)
+        looked = time.process_time()
         pictures = fields.render(poses)[0]
         notes["fit_seconds"] = round(fitted - began, 3)
-        notes["render_ms"] = round(1000 * (time.process_time() - fitted) / max(len(poses), 1), 2)
+        notes["render_ms"] = round(1000 * (time.process_time() - looked) / max(len(poses), 1), 2)
         return pictures, notes
 
 
@@ -276,6 +320,9 @@ def field_renderer(
     **options: Any,
 ) -> Renderer:
     """A renderer that fits a field to each demonstration's own pictures.
+
+    Where the camera knows what the hand fills (``eye.solid``) and the fields know their ``surfaces``, poses at which
+    the hand would hit one are dropped.
 
     Its notes are ``fit_seconds`` and ``render_ms`` (of a picture), processor time, and ``psnr`` if views are left out.
 

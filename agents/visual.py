@@ -237,6 +237,8 @@ class VisualConfig:
     """Share of corrective pictures in a batch, where there are some."""
     colour: float = 0.03
     """Standard deviation of an offset of each picture's colour channels."""
+    mixing: float = 0.0
+    """Standard deviation of what is added to the unit matrix that mixes each picture's colour channels."""
     gradient_clip: float = 0.5
     """Largest norm of the gradient."""
     translation: float = 0.06
@@ -252,6 +254,9 @@ class VisualConfig:
         for name in ("steps", "batch_size", "learning_rate", "final", "gradient_clip", "translation", "rotation"):
             if not getattr(self, name) > 0:
                 raise UserError(f"{name}={getattr(self, name)}: it must be positive")
+        for name in ("colour", "mixing"):
+            if not getattr(self, name) >= 0:
+                raise UserError(f"{name}={getattr(self, name)}: it must not be negative")
         if not 0 <= self.corrective <= 1:
             raise UserError(f"corrective={self.corrective}: a share within 0..1 is wanted")
 
@@ -336,6 +341,9 @@ def train_visual(
             ]
         )
         x = prepared(batch.rgb.to(device), None if batch.depth is None else batch.depth.to(device))
+        if config.mixing:
+            mix = torch.eye(3) + config.mixing * torch.randn(len(x), 3, 3, generator=draws)
+            x[:, :3] = torch.einsum("bij,bjhw->bihw", mix.to(device), x[:, :3])
         x[:, :3] += config.colour * torch.randn(len(x), 3, 1, 1, generator=draws).to(device)
         for group in optimizer.param_groups:
             group["lr"] = config.learning_rate * config.final ** (step / config.steps)

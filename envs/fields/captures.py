@@ -71,6 +71,11 @@ class Intrinsics:
         focal = height / 2 / math.tan(fov / 2)
         return cls(focal, focal, width / 2 + shift[0], height / 2 + shift[1], int(height), int(width))
 
+    def resized(self, height: int, width: int) -> Intrinsics:
+        """The same camera with pictures of another size."""
+        down, across = height / self.height, width / self.width
+        return Intrinsics(self.fx * across, self.fy * down, self.cx * across, self.cy * down, height, width)
+
 
 @dataclass(frozen=True, eq=False)
 class Capture:
@@ -215,3 +220,20 @@ def rays(poses: np.ndarray, camera: Intrinsics, dtype: Any = np.float32) -> np.n
     out[..., :3] = poses[:, None, None, :3, 3]
     out[..., 3:] = np.einsum("vij,hwj->vhwi", poses[:, :3, :3], way)
     return out
+
+
+def surfaces(distances: np.ndarray, poses: np.ndarray, camera: Intrinsics, farthest: float = 1.0) -> np.ndarray:
+    """Where the surfaces are that pictures show.
+
+    Args:
+        distances: Of each pixel's surface along its ray [M, h, w], metres.
+        poses: Camera to world, [M, 4, 4].
+        camera: The intrinsics.
+        farthest: What is farther is left out, metres.
+
+    Returns:
+        Points in the world [P, 3], metres.
+    """
+    seen = rays(poses, camera, np.float64)
+    points = seen[..., :3] + np.where(np.isfinite(distances), distances, 0.0)[..., None] * seen[..., 3:]
+    return points[distances < farthest]

@@ -19,7 +19,7 @@ from fleetgym.core.files import atomic_folder, current_folder, read_json, write_
 from fleetgym.core.pictures import psnr
 from fleetgym.core.run import track
 from fleetgym.core.seeding import generator, torch_generator
-from fleetgym.envs.fields.captures import Capture, Intrinsics, check_poses, rays
+from fleetgym.envs.fields.captures import Capture, Intrinsics, check_poses, rays, surfaces
 from fleetgym.envs.fields.marching import Scenes, march
 
 __all__ = ["Radiance", "Report", "Work", "middle"]
@@ -445,6 +445,24 @@ class Radiance:
         met = 1 - drawn[..., 1]
         with np.errstate(divide="ignore", invalid="ignore"):
             return np.where(met > 0.5, drawn[..., 0] / met, np.inf).astype(np.float32)
+
+    def surfaces(self, poses: Any, size: int = 24, farthest: float = 1.0) -> list[np.ndarray]:
+        """Where each scene's surfaces are, by small pictures from poses; arguments as in :meth:`render`.
+
+        Args:
+            poses: Camera to world, OpenGL axes; [M, 4, 4] for all scenes, or [N, M, 4, 4].
+            size: Pixels of the pictures' shorter side.
+            farthest: What is farther from a camera is left out, metres.
+
+        Returns:
+            For each scene, points in the world [P, 3], metres.
+        """
+        shorter = min(self.intrinsics.height, self.intrinsics.width)
+        sides = (max(1, round(size * side / shorter)) for side in (self.intrinsics.height, self.intrinsics.width))
+        camera = self.intrinsics.resized(*sides)
+        poses = np.broadcast_to(poses, (len(self), *np.shape(poses)[-3:]))
+        found = self.distances(poses, intrinsics=camera)
+        return [surfaces(*scene, camera, farthest) for scene in zip(found, poses)]
 
     def _draw(self, poses: Any, scenes: Sequence[int] | None, camera: Intrinsics | None) -> Tensor:
         """Red, green, blue, distance and light left, [N, M, h, w, 5] float32."""

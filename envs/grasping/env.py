@@ -55,10 +55,10 @@ class GraspingEnv(gym.Env):
     The task is that of GA-DDPG (Wang et al., "Goal-Auxiliary Actor-Critic for 6D Robotic Grasping with Point Clouds",
     CoRL 2021), on which SPARTN was measured (Zhou et al., "NeRF in the Palm of Your Hand", CVPR 2023). Camera, action,
     horizon, script, success and the nine held-out objects are theirs. Differences: the training objects are those of
-    `pybullet_data` (procedural ones scaled by 0.65; three of their meshes are broken, which `reset` never draws)
-    instead of ShapeNet's; rotations are rotation vectors; the arm
-    starts 20 to 36 cm from the object, which is what it reaches; the household objects have colours of ours in place of
-    their labels; no random textures. The household objects need the extra `grasping`.
+    `pybullet_data` (procedural ones scaled by 0.65; three of their meshes are broken, which `reset` never draws), and
+    ones of ShapeNet's classes that are made from numbers (`Household`), instead of ShapeNet's meshes; rotations are
+    rotation vectors; the arm starts 20 to 36 cm from the object, which is what it reaches; the objects of the YCB set
+    have colours of ours in place of their labels; no random textures. The YCB set needs the extra `grasping`.
 
     ## Observation
 

@@ -31,7 +31,7 @@ class Expert:
     """The scripted expert of one family, a ``Policy`` with ``attach``; see the module.
 
     Args:
-        family: A task's name: ``"Procedural"``, ``"Named"`` or ``"YCB"``.
+        family: A task's name: ``"Procedural"``, ``"Named"``, ``"Household"`` or ``"YCB"``.
 
     Raises:
         UserError: Unknown family.

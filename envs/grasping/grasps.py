@@ -51,6 +51,14 @@ def _gripper() -> np.ndarray:
 
 #: Points [n, 3] of the open gripper and of the camera, in the hand's frame, metres.
 GRIPPER = _gripper()
+#: The boxes that these points fill [3, 2, 3], lowest and highest corners: two fingers and the palm.
+SOLID = np.array(
+    [
+        [[-0.0105, 0.041, 0.06], [0.0105, 0.06, 0.112]],
+        [[-0.0105, -0.06, 0.06], [0.0105, -0.041, 0.112]],
+        [[-0.032, -0.1, 0.0], [0.032, 0.1, 0.066]],
+    ]
+)
 #: Points [6, 3] whose motion measures how far apart two poses are; the fingers' tips lie on the closing axis, y.
 CONTROL_POINTS = np.array(
     [[0, 0, 0], [0, 0, 0], [0, 0.053, 0.075], [0, -0.053, 0.075], [0, 0.053, 0.105], [0, -0.053, 0.105]]

@@ -102,9 +102,7 @@ def _mug(draw: Draw) -> list[np.ndarray]:
     reach, wide = draw(0.02, 0.035), draw(0.008, 0.012)
     low, high = 0.25 * height, 0.8 * height
     out = radius + reach
-    handle = [
-        _block((reach, wide, wide), (radius + reach / 2 - thick / 2, 0.0, z)) for z in (low, high)
-    ]
+    handle = [_block((reach, wide, wide), (radius + reach / 2 - thick / 2, 0.0, z)) for z in (low, high)]
     handle.append(_block((wide, wide, high - low + wide), (out - thick / 2, 0.0, (low + high) / 2)))
     return [_prism((radius, 0.0), (radius, thick)), *_wall([(radius, 0.0), (radius, height)], thick), *handle]
 

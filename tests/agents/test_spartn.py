@@ -1,5 +1,7 @@
 """SPARTN's labels are exact, its pictures are where they should be, and a failed field costs its demonstration only."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -11,6 +13,7 @@ from fleetgym.agents.spartn import (
     Noise,
     approach,
     augment,
+    collides,
     field_renderer,
     homography_renderer,
     spartn,
@@ -138,6 +141,70 @@ def test_low_poses_are_dropped_and_large_labels_are_cut():
     assert not none and row["rejected"] == 28 and "lowest=9" in row["failed"]
     _, far = augment(episode, EYE, grey, number=4, noise=Noise(translation=0.09, last=0))
     assert 0 < far["clipped"] < 1
+
+
+def test_what_the_hand_would_hit_is_found():
+    solid = np.array([[[-0.01, 0.04, 0.06], [0.01, 0.06, 0.11]], [[-0.03, -0.1, 0.0], [0.03, 0.1, 0.06]]])
+    hand = se3.pose([0.4, 0.1, 0.3], [2.8, 0.3, -0.2])
+    rng = np.random.default_rng(0)
+
+    def world(low, high):
+        return rng.uniform(low, high, (20, 3)) @ hand[:3, :3].T + hand[:3, 3]
+
+    finger, palm = world(solid[0, 0] + 0.004, solid[0, 1] - 0.004), world(solid[1, 0] + 0.004, solid[1, 1] - 0.004)
+    between = world([-0.03, -0.03, 0.062], [0.03, 0.03, 0.15])  # an object between the fingers
+    skin = world([-0.01, 0.0405, 0.06], [0.01, 0.0425, 0.11])
+    for points, hit in ((finger, True), (palm, True), (between, False), (skin, False), (finger[:2], False)):
+        assert collides(hand[None], solid, points) == [hit]
+    aside = hand @ se3.pose([0.0, 0.0, -0.2], [0, 0, 0])
+    assert collides(np.stack([hand, aside]), solid, np.concatenate([finger, palm])).tolist() == [True, False]
+    assert not collides(hand[None], solid, np.zeros((0, 3))).any()
+
+
+def test_poses_that_hit_something_are_dropped_and_counted():
+    episode = demonstration(0)
+
+    def render(episode, poses):
+        return grey(episode, poses)[0], {"collides": np.arange(len(poses)) % 5 == 0, "fit_seconds": 0.5}
+
+    made, row = augment(episode, EYE, render, number=5, seed=3)
+    everything, _ = augment(episode, EYE, grey, number=5, seed=3)
+    assert (row["made"], row["rejected"], row["collided"]) == (28, 7, 7) and row["fit_seconds"] == 0.5
+    assert "collides" not in row and sum(one.length for one in made) == 28
+    poses = {one.observations["pose"][step].tobytes() for one in everything for step in range(one.length)}
+    assert all(one.observations["pose"][step].tobytes() in poses for one in made for step in range(one.length))
+    made, row = augment(episode, EYE, lambda e, p: (grey(e, p)[0], {"collides": np.ones(len(p), bool)}), number=5)
+    assert made == [] and row["made"] == 0 and "would hit something at all 35 poses" in row["failed"]
+
+
+def test_a_field_tells_what_the_hand_would_hit():
+    solid = np.array([[[-0.03, -0.03, 0.0], [0.03, 0.03, 0.06]]])
+    asked = []
+
+    class Wall:
+        """A field whose surface is a plane of points 4 cm below where the hand begins."""
+
+        def render(self, poses):
+            return np.full((1, len(poses), SIZE, SIZE, 3), 77, np.uint8)
+
+        def surfaces(self, poses):
+            asked.append(poses)
+            grid = np.linspace(-0.2, 0.2, 60)
+            x, y = np.meshgrid(grid, grid)
+            return [np.stack([0.5 + x.ravel(), y.ravel(), np.full(x.size, 0.24)], 1)]
+
+    eye = dataclasses.replace(EYE, solid=solid)
+    noise = Noise(translation=0.0, rotation=0.0)
+    render = field_renderer(lambda captures, **options: Wall(), lambda *views: views, eye)
+    episode = demonstration(0)
+    made, row = augment(episode, eye, render, number=1, noise=noise)
+    heights = episode.observations["pose"][:7, 2, 3]
+    free = heights - 0.06 > 0.24
+    assert 0 < free.sum() < 7 and row["collided"] == 7 - free.sum()
+    assert set(made[0].infos["step"]) == set(np.flatnonzero(free))
+    np.testing.assert_allclose(asked[0], episode.observations["pose"][:7] @ EYE.hand_eye)
+    _, row = augment(episode, EYE, field_renderer(lambda c, **o: Wall(), lambda *v: v, EYE), number=1, noise=noise)
+    assert row["collided"] == 0  # nobody knows what the hand fills
 
 
 def test_a_failed_field_costs_its_own_demonstration_only():
@@ -361,3 +428,5 @@ def test_bad_input():
         Steps.of(demonstrations(1), depth=True)
     with pytest.raises(UserError, match="corrective=2"):
         VisualConfig(corrective=2)
+    with pytest.raises(UserError, match="mixing=-1"):
+        VisualConfig(mixing=-1)

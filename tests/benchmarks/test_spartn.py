@@ -12,11 +12,12 @@ from PIL import Image
 
 pytest.importorskip("pybullet")
 
+from fleetgym.agents.spartn import collides  # noqa: E402
 from fleetgym.agents.visual import VisualPolicy  # noqa: E402
 from fleetgym.benchmarks import spartn as bench  # noqa: E402
 from fleetgym.benchmarks.spartn_film import PAUSE, film, load_policy, make  # noqa: E402
 from fleetgym.benchmarks.spartn_views import Judged  # noqa: E402
-from fleetgym.core import Checkpoint, UserError  # noqa: E402
+from fleetgym.core import Checkpoint, UserError, se3  # noqa: E402
 from fleetgym.core.files import write_json  # noqa: E402
 
 TINY = bench.Preset(
@@ -56,6 +57,19 @@ def test_the_oracle_draws_what_the_eye_saw(folder):
     outside = ~eye.gripper
     assert outside.mean() > 0.6
     assert np.abs(pictures[:, outside].astype(int) - seen[:, outside]).max() <= 2
+
+
+def test_the_oracle_knows_what_the_hand_would_hit(folder, monkeypatch):
+    own = bench.collect_demonstrations(TINY, str(folder), 0)
+    eye, episode, found = bench.eye(TINY), own[1], []
+    monkeypatch.setattr(bench, "collides", lambda *given: found.append(given) or collides(*given))
+    hands = np.stack([episode.observations["pose"][0], se3.pose([0.5, 0.0, 0.08], [np.pi, 0, 0])])
+    _, notes = bench.Oracle(TINY, eye)(episode, hands @ eye.hand_eye)
+    # The second hand points down, its fingers' tips below the table.
+    assert notes["collides"].tolist() == [False, True]
+    np.testing.assert_allclose(found[0][0], hands, atol=1e-9)
+    heights = found[0][2][:, 2]
+    assert heights.min() > -0.005 and (np.abs(heights) < 0.005).mean() > 0.5 and heights.max() > 0.02
 
 
 def test_the_oracle_has_the_poses_of_the_fields_and_other_pictures(folder):

@@ -356,6 +356,27 @@ def test_splits_are_disjoint():
     train, held_out = (set(names.OBJECTS["Procedural"][split]) for split in ("train", "held_out"))
     assert (len(train), len(held_out)) == (900, 100) and not train & held_out
     assert train | held_out == set(names.PROCEDURAL)
+    train, held_out = (set(names.OBJECTS["Household"][split]) for split in ("train", "held_out"))
+    assert (len(train), len(held_out)) == (400, 100) and not train & held_out
+
+
+@pytest.mark.parametrize("kind", names.HOUSEHOLD_CLASSES)
+def test_household_objects(kind):
+    first = names.HOUSEHOLD_CLASSES.index(kind)
+    mine = [objects.load("Household", names.HOUSEHOLD[first + 5 * index]) for index in range(12)]
+    sizes = np.array([np.ptp(np.concatenate(thing.pieces), axis=0) for thing in mine])
+    assert sizes.min() > 0.03 and sizes.max() < 0.26 and len({tuple(size) for size in sizes.round(6)}) == 12
+    for thing in mine:
+        pieces = np.concatenate(thing.pieces)
+        np.testing.assert_allclose(np.ptp(thing.corners.reshape(-1, 3), axis=0), np.ptp(pieces, axis=0), atol=1e-9)
+        # The origin is the centre of volume; what is hollow is open at the top.
+        above = np.array([[0.0, 0.0, pieces[:, 2].max() - 0.005]])
+        hollow = grasps.depth_inside(above, thing.planes, thing.starts) < -0.005
+        assert hollow == (kind in ("bowl", "mug"))
+        assert thing.bands.shape == (3, 3) and 0 <= thing.bands.min() and thing.bands.max() <= 1
+    objects._load.cache_clear()
+    again = objects.load("Household", mine[0].name)
+    assert all((one == two).all() for one, two in zip(again.pieces, mine[0].pieces))
 
 
 def test_grasps_hold_from_both_sides():
@@ -481,6 +502,8 @@ def test_docs_page_is_current():
         ("Procedural", "train"),
         ("Procedural", "held_out"),
         ("Named", "all"),
+        ("Household", "train"),
+        ("Household", "held_out"),
         pytest.param("YCB", "all", marks=needs_ycb),
     ],
 )

@@ -115,6 +115,13 @@ def test_a_box_is_seen_from_where_no_camera_was(fitted):
     # The box is 0.05 m high, and cameras come from 0.35 m to 0.12 m.
     distance = found.distances(poses)[0]
     assert distance.shape == (12, 32, 32) and 0.05 < np.median(distance[box]) < 0.25
+    (points,) = found.surfaces(poses, size=16, farthest=0.5)
+    few = found.distances(poses, intrinsics=capture.intrinsics.resized(16, 16))[0]
+    assert points.shape == ((few < 0.5).sum(), 3)
+    # The first point lies that far from the first camera.
+    assert np.linalg.norm(points[0] - poses[0, :3, 3]) == pytest.approx(few[few < 0.5][0], abs=1e-6)
+    near = np.abs(points[:, :2]).max(1) < 0.02  # what is seen about the middle is the box
+    assert near.sum() > 20 and 0.02 < np.median(points[near, 2]) < 0.07
 
 
 def test_equal_seeds_equal_fields(fitted):
