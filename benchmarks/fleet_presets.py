@@ -9,6 +9,7 @@ from typing import Any
 
 from fleetgym.agents.networks import CELLS, convolved
 from fleetgym.benchmarks.fleet_worlds import WORLDS, World
+from fleetgym.benchmarks.overrides import changes
 from fleetgym.core.errors import UserError, unknown
 from fleetgym.core.render import NO_GL_HELP, choose_gl
 from fleetgym.core.seeding import generator
@@ -326,24 +327,13 @@ def preset_from(name: str, overrides: Sequence[str] = ()) -> Preset:
     if name not in PRESETS:
         raise unknown("preset", name, PRESETS)
     preset = PRESETS[name]
-    kinds: dict[str, Any] = {field.name: type(getattr(preset, field.name)) for field in dataclasses.fields(Preset)}
-    kinds["steps"] = int
-    changes: dict[str, Any] = {}
-    for text in overrides:
-        key, _, value = text.partition("=")
-        if key not in kinds:
-            raise unknown("preset field", key, kinds)
-        if key in changes:
-            raise UserError(f"{key}={changes[key]} {text}: {key} is given twice; leave one out")
-        try:
-            changes[key] = ALL if (key, value) == ("tasks_per_robot", ALL) else kinds[key](value)
-        except ValueError as error:
-            more = f" or {ALL}" if key == "tasks_per_robot" else ""
-            raise UserError(f"--override {text}: {key} takes a {kinds[key].__name__}{more}") from error
-    steps = changes.pop("steps", None)
-    if steps is not None and "rounds" in changes:
-        raise UserError(f"steps={steps} rounds={changes['rounds']}: steps set the rounds; leave one out")
-    preset = dataclasses.replace(preset, **changes)
+    defaults = {field.name: getattr(preset, field.name) for field in dataclasses.fields(Preset)}
+    defaults["steps"] = preset.warmup + preset.rounds * preset.local_steps
+    changed = changes(overrides, defaults, words={"tasks_per_robot": (ALL,)})
+    steps = changed.pop("steps", None)
+    if steps is not None and "rounds" in changed:
+        raise UserError(f"steps={steps} rounds={changed['rounds']}: steps set the rounds; leave one out")
+    preset = dataclasses.replace(preset, **changed)
     if steps is None:
         return preset
     rounds, rest = divmod(steps - preset.warmup, preset.local_steps)

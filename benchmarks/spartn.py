@@ -50,6 +50,7 @@ from fleetgym.agents.visual import Steps, VisualConfig, VisualPolicy, train_visu
 from fleetgym.benchmarks import spartn_ablations as ablations
 from fleetgym.benchmarks.jobs import Workers, report
 from fleetgym.benchmarks.jobs import workers as worker_processes
+from fleetgym.benchmarks.overrides import changes
 from fleetgym.benchmarks.spartn_film import film, load_policy, make
 from fleetgym.benchmarks.spartn_views import Judged, mean, sheet
 from fleetgym.core import optional, se3
@@ -682,17 +683,7 @@ def preset_from(name: str, overrides: Sequence[str] = ()) -> Preset:
     """
     if name not in PRESETS:
         raise unknown("preset", name, PRESETS)
-    kinds = {field.name: type(getattr(PRESETS[name], field.name)) for field in dataclasses.fields(Preset)}
-    changes = {}
-    for text in overrides:
-        key, _, value = text.partition("=")
-        if key not in kinds:
-            raise unknown("preset field", key, kinds)
-        try:
-            changes[key] = kinds[key](value)
-        except ValueError as error:
-            raise UserError(f"--override {text}: {key} takes a {kinds[key].__name__}") from error
-    return dataclasses.replace(PRESETS[name], **changes)
+    return dataclasses.replace(PRESETS[name], **changes(overrides, dataclasses.asdict(PRESETS[name])))
 
 
 def main(argv: Sequence[str]) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -10,6 +9,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
 from fleetgym.benchmarks.jobs import report
+from fleetgym.benchmarks.overrides import changes
 from fleetgym.core.errors import UserError, unknown
 
 PRESETS = ("quick", "cpu")
@@ -97,40 +97,11 @@ def settings(kind: type, preset: str, overrides: Sequence[str] = ()) -> Any:
     """
     if preset not in PRESETS:
         raise unknown("preset", preset, PRESETS)
-    changes = dict(kind.presets.get(preset, {}))
-    fields = {field.name: field.default for field in dataclasses.fields(kind)}
-    for text in overrides:
-        task, _, rest = text.partition(".")
-        if task != kind.name:
-            continue
-        key, equals, value = rest.partition("=")
-        if key not in fields:
-            raise unknown(f"setting of the task {task!r}", key, fields)
-        if not equals:
-            raise UserError(f"--override {text}: TASK.FIELD=VALUE is wanted, such as {task}.{key}={fields[key]}")
-        changes[key] = _value(text, value, fields[key])
-    return kind(**changes)
-
-
-def _value(text: str, value: str, like: Any) -> Any:
-    """A value of the type of another; tuples are written with commas."""
-    if isinstance(like, str):
-        return value
-    try:
-        found = ast.literal_eval(value.capitalize() if isinstance(like, bool) else value)
-    except (ValueError, SyntaxError):
-        found = None
-    if isinstance(like, tuple):
-        found = found if isinstance(found, tuple) else (found,)
-        right = all(isinstance(item, type(like[0])) for item in found) if like else True
-    elif isinstance(like, float):
-        right = isinstance(found, (int, float)) and not isinstance(found, bool)
-        found = float(found) if right else found
-    else:
-        right = type(found) is type(like)
-    if not right:
-        raise UserError(f"--override {text}: {like!r} is the default, so a {type(like).__name__} is wanted")
-    return found
+    defaults = {field.name: field.default for field in dataclasses.fields(kind)}
+    prefix = f"{kind.name}."
+    mine = [text.removeprefix(prefix) for text in overrides if text.partition(".")[0] == kind.name]
+    found = changes(mine, defaults, what=f"setting of the task {kind.name!r}", prefix=prefix)
+    return kind(**{**kind.presets.get(preset, {}), **found})
 
 
 def check_positive(task: Any, *names: str) -> None:
