@@ -25,6 +25,7 @@ import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
+from fleetgym.core.checkpoint import check_finite
 from fleetgym.core.errors import UserError, unknown
 from fleetgym.core.weights import Element, StateDict, WeightSpec
 from fleetgym.merging import MATCHERS
@@ -864,14 +865,6 @@ def match_many(
             results[i] = MatchResult(element, before[i], after, 0.0, iterations // len(open_pairs))
     seconds = (time.process_time() - start) / max(1, len(weights))
     return [replace(result, seconds=seconds) for result in results]
-
-
-def check_finite(state: StateDict, name: str) -> None:
-    """Raises a UserError that names the first tensor with NaN or infinite entries."""
-    for key, tensor in state.items():
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-            bad = int((~torch.isfinite(tensor)).sum())
-            raise UserError(f"{name}: {key!r} has {bad} NaN or infinite entries of {tensor.numel()}; train it anew")
 
 
 def check_options(what: str, function: Any, options: Mapping[str, Any], skip: tuple[str, ...] = ()) -> None:

@@ -13,10 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fleetgym.core.checkpoint import check_finite
 from fleetgym.core.errors import UserError, unknown
 from fleetgym.core.weights import Element, StateDict, WeightSpec
 from fleetgym.merging import MATCHERS, MERGERS
-from fleetgym.merging.matching import check_finite, check_needed
+from fleetgym.merging.matching import check_needed
 
 MEAN, STD = "normaliser.mean", "normaliser.std"
 Merged = tuple[dict[str, Tensor], list[Element], list[dict[str, Any]]]

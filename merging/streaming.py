@@ -11,13 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fleetgym.core.checkpoint import CONFIG, WEIGHTS, Checkpoint, load_tensors, save_tensors
+from fleetgym.core.checkpoint import CONFIG, WEIGHTS, Checkpoint, check_finite, load_tensors, save_tensors
 from fleetgym.core.errors import UserError, unknown
 from fleetgym.core.files import atomic_write, current_folder, read_json
 from fleetgym.core.weights import Element, StateDict, WeightSpec
 from fleetgym.merging import MATCHERS
 from fleetgym.merging.fleet_merge import align_one_by_one
-from fleetgym.merging.matching import check_finite, check_options
+from fleetgym.merging.matching import check_options
 from fleetgym.merging.mergers import MEAN, STD, normalised, pooled, scale_to
 
 METHODS = ("average", "fleet_merge")

@@ -14,9 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fleetgym.core.checkpoint import check_finite
 from fleetgym.core.errors import UserError
 from fleetgym.core.weights import Element, StateDict, WeightSpec
-from fleetgym.merging.matching import check_finite, match
+from fleetgym.merging.matching import match
 from fleetgym.merging.mergers import MEAN, STD, Merged, normalised
 
 

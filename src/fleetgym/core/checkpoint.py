@@ -303,13 +303,26 @@ class Checkpoint:
         Raises:
             UserError: One is; the message has the file, the key and how many.
         """
-        for key, tensor in self.weights.items():
-            if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-                count = int((~torch.isfinite(tensor)).sum())
-                raise UserError(
-                    f"{Path(self.path) / WEIGHTS}: key {key!r} of shape {list(tensor.shape)} has {count} values "
-                    "that are NaN or infinite; the training diverged, use an earlier checkpoint"
-                )
+        check_finite(self.weights, str(Path(self.path) / WEIGHTS))
+
+
+def check_finite(weights: Mapping[str, Tensor], name: str) -> None:
+    """Checks that no weight is NaN or infinite.
+
+    Args:
+        weights: A state dict.
+        name: Whose, for the message.
+
+    Raises:
+        UserError: A weight is; the message names the first such tensor and says how many of its entries are.
+    """
+    for key, tensor in weights.items():
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            bad = int((~torch.isfinite(tensor)).sum())
+            raise UserError(
+                f"{name}: {key!r} has {bad} NaN or infinite entries of {tensor.numel()}; the training diverged, use an "
+                "earlier checkpoint or train it anew"
+            )
 
 
 def _read_document(file: Path) -> dict[str, Any]:
