@@ -141,7 +141,7 @@ PRESETS = {
     ),
     "cpu": Preset(),
     # Objects of the household's classes, which differ more than the procedural ones and need more demonstrations.
-    "household": Preset(task="Household", demonstrations=96, steps=4000, mixing=0.3),
+    "household": Preset(task="Household", demonstrations=24, steps=4000, mixing=0.3),
     # Pictures as large as in GA-DDPG; not run yet, so the rest is a guess at what an accelerator does in an hour.
     "gpu": Preset(
         demonstrations=200,
