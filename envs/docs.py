@@ -29,6 +29,7 @@ MORE = {
 #: Suite -> a function that returns further lines, what can be computed.
 FURTHER = {
     "fleet_tools": "fleetgym.envs.fleet_tools.page:lines",
+    "grasping": "fleetgym.envs.grasping.page:lines",
     "office_nav": "fleetgym.envs.office_nav.page:lines",
 }
 #: Suite -> films at the top of its page: the id, and the options of the command that made it.

@@ -11,6 +11,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 from gymnasium.utils.env_checker import check_env
+from PIL import Image
 
 import fleetgym.envs.docs as docs
 from fleetgym.core import optional
@@ -19,7 +20,7 @@ from fleetgym.core.rollout import collect
 from fleetgym.envs import suite
 from fleetgym.envs.fleet_tools.panda import READY
 from fleetgym.envs.grasping import env as module
-from fleetgym.envs.grasping import grasps, names, objects, poses, simulation
+from fleetgym.envs.grasping import grasps, names, objects, page, poses, simulation
 from fleetgym.envs.grasping.env import OBSERVATIONS, GraspingEnv
 from fleetgym.envs.grasping.expert import Expert, expert
 
@@ -488,6 +489,20 @@ def test_golden_trace(family):
     assert found["object"] == expected["object"] and found["success"] == expected["success"]
     np.testing.assert_allclose(found["places"], expected["places"], atol=2e-3)
     np.testing.assert_allclose(found["pictures"], expected["pictures"], atol=2.0)
+
+
+def test_the_sheet_of_objects(tmp_path, monkeypatch):
+    assert (ROOT / "docs" / "envs" / page.SHEET).is_file()
+    sheet = page.shown()
+    assert [len(sheet[family]) for family in ("Procedural", "Named", "Household")] == [20, 8, 50]
+    for family, shown in sheet.items():
+        assert len(set(shown)) == len(shown) and set(shown) <= set(names.OBJECTS[family]["all"])
+    monkeypatch.setattr(page, "shown", lambda: {"Named": ("cube", "duck"), "Household": ("003",)})
+    with Image.open(page.draw(tmp_path)) as picture:
+        assert picture.size == (page.COLUMNS * (page.CELL + 2) - 2, 2 * (page.CELL + 2) - 2)
+        cells = np.asarray(picture.convert("RGB")).astype(int)
+    cube, duck, empty = (cells[20:90, left : left + 90] for left in (0, page.CELL + 2, 3 * (page.CELL + 2)))
+    assert np.abs(cube - duck).mean() > 2 and (empty == 255).all()
 
 
 def test_docs_page_is_current():
