@@ -34,8 +34,8 @@ MARGIN = {"pin": {"pin": 0.002}, "pieces": {"object": 0.001, "other": 0.001}}
 # Elliptic cones: friction is the same in all directions, a contact takes fewer numbers than with pyramidal ones, and a
 # jaw that goes over a nut is pressed by a third of the forces.
 _HEADER = """
-<option timestep="{timestep}" integrator="{integrator}" cone="elliptic"
-  iterations="20" ls_iterations="50" tolerance="1e-8">
+<option timestep="{timestep}" integrator="implicitfast" cone="elliptic" iterations="20"
+  ls_iterations="50" tolerance="1e-8">
   <flag eulerdamp="disable"/>
 </option>
 <compiler angle="radian" autolimits="true" boundmass="1e-4" boundinertia="1e-7"/>
@@ -117,11 +117,9 @@ def scene_xml(
         robot, drive = arm_xml(inside), f"<actuator>{actuators_xml()}</actuator>"
     else:
         robot, drive = _alone_xml(inside)
-    # The hand's servos damp it by less than what it has in a short time step, so nothing implicit is needed.
-    integrator = "Euler" if arm == "hand" and timestep <= TIMESTEP else "implicitfast"
     sensor = '<sensor><force site="grip"/><torque site="grip"/></sensor>' if sensors else ""
     return (
-        f'<mujoco model="{task}">{_HEADER.format(timestep=timestep, integrator=integrator)}<worldbody>'
+        f'<mujoco model="{task}">{_HEADER.format(timestep=timestep)}<worldbody>'
         '<light pos="0.3 0 2" dir="0 0 -1" diffuse="0.5 0.5 0.5"/>'
         '<camera name="overhead" pos="0.5 0 0.95" xyaxes="0 -1 0 1 0 0" fovy="45"/>'
         '<camera name="front" pos="1.25 -0.55 0.6" xyaxes="0.55 0.83 0 -0.36 0.24 0.9" fovy="45"/>'
