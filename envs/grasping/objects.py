@@ -34,6 +34,8 @@ PROCEDURAL_SCALE = 0.65
 ROUND = 0.004
 #: Faces of a YCB object's picture, at most; the files have 16,384.
 FACES = 3000
+#: Rows of a texture of bands.
+BAND_ROWS = 32
 #: YCB objects: colours of the body, of a band about the middle and of the top, red, green, blue within 0..1.
 _COLOURS = {
     "003_cracker_box": ((0.75, 0.16, 0.13), (0.93, 0.84, 0.62), (0.75, 0.16, 0.13)),
@@ -170,7 +172,8 @@ def _thing(
     planes = [np.concatenate([h[1][:, :3], (h[1][:, 3] + h[1][:, :3] @ centre)[:, None]], 1) for h in hulls]
     if bands is not None:
         z = corners[..., 2]
-        height = (z - z.min()) / np.ptp(z)
+        # Middles of the lowest and the highest row: at the picture's edge the renderer takes either end, as it rounds.
+        height = (0.5 + (BAND_ROWS - 1) * (z - z.min()) / np.ptp(z)) / BAND_ROWS
         uvs = np.stack([np.full_like(height, 0.5), height], -1)
     return Thing(
         name,
@@ -370,7 +373,7 @@ def band_texture(bands: np.ndarray) -> Iterator[str]:
     from PIL import Image
 
     body, band, top = np.round(255 * bands).astype(np.uint8)
-    rows = np.empty((32, 32, 3), np.uint8)
+    rows = np.empty((BAND_ROWS, BAND_ROWS, 3), np.uint8)
     rows[:] = body
     rows[12:20], rows[28:] = band, top
     with tempfile.TemporaryDirectory() as folder:

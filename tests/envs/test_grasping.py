@@ -380,6 +380,25 @@ def test_household_objects(kind):
     assert all((one == two).all() for one, two in zip(again.pieces, mine[0].pieces))
 
 
+@pytest.mark.parametrize("index", [0, 5, 10])
+def test_a_flat_top_is_of_one_colour(index):
+    # A texture that is looked up at its very edge shows either end of it, pixel by pixel.
+    scene = simulation.Scene()
+    try:
+        thing = objects.load("Household", names.HOUSEHOLD[index])
+        scene.put(thing, np.array([0.5, 0.0, 0.3]), np.array([0.0, 0.0, 0.0, 1.0]))
+        above = np.eye(4)
+        above[:3, 3] = 0.5, 0.0, 0.7
+        rgb, depth, bodies = scene.picture(above, 96)
+    finally:
+        scene.close()
+    top = (bodies == scene.body) & (depth < depth[bodies == scene.body].min() + 0.002)
+    colours = rgb[top] / rgb[top].sum(axis=1, keepdims=True)
+    wanted = thing.bands[2] / thing.bands[2].sum()
+    assert top.sum() > 50
+    np.testing.assert_allclose(colours, np.broadcast_to(wanted, colours.shape), atol=0.02)
+
+
 def test_grasps_hold_from_both_sides():
     thing = objects.load("Named", "cube")
     found = grasps.grasps_of("Named", "cube")
