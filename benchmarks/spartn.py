@@ -140,8 +140,8 @@ PRESETS = {
         demonstrations=12, image_size=48, steps=1000, episodes=30, measured="disturbed:train disturbed:held_out"
     ),
     "cpu": Preset(),
-    # Objects of the household's classes, which differ more than the procedural ones and need more demonstrations.
-    "household": Preset(task="Household", demonstrations=24, steps=4000, mixing=0.3),
+    # Objects of the household's classes, which differ more than the procedural ones and need longer training.
+    "household": Preset(task="Household", demonstrations=14, steps=4000, mixing=0.3),
     # Pictures as large as in GA-DDPG; not run yet, so the rest is a guess at what an accelerator does in an hour.
     "gpu": Preset(
         demonstrations=200,
