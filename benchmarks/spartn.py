@@ -139,7 +139,7 @@ PRESETS = {
     "quick": Preset(
         demonstrations=12, image_size=48, steps=1000, episodes=30, measured="disturbed:train disturbed:held_out"
     ),
-    "cpu": Preset(),
+    "cpu": Preset(demonstrations=24),
     # Objects of the household's classes, which differ more than the procedural ones and need longer training.
     "household": Preset(task="Household", demonstrations=14, steps=4000, mixing=0.3),
     # Pictures as large as in GA-DDPG; not run yet, so the rest is a guess at what an accelerator does in an hour.
@@ -652,7 +652,7 @@ class Args:
     """Corrective views for grasping: collects, fits fields, trains, evaluates and writes a leaderboard."""
 
     preset: str = "quick"
-    """quick or cpu (12 demonstrations), or gpu (200; give --device cuda)."""
+    """quick (12 demonstrations), cpu (24), household (14, other objects), or gpu (200; give --device cuda)."""
     methods: tuple[str, ...] = ()
     """Rows to fill; by default bc and spartn for quick, all for the others."""
     seeds: tuple[int, ...] = (0,)
