@@ -790,7 +790,6 @@ class _Gradient:
         operands: What the forward pass gathered.
         weights: For each product, scaled for sums.
         gradient: [B, P, c_out], or scratch that the caller fills before each piece.
-        c_out: Channels of the output.
         to_data: Whether the gradient with respect to the data is wanted.
         to_weights: Whether those with respect to weights and bias are.
         pieces: The number of networks of each piece.
@@ -935,15 +934,19 @@ class _Linear(torch.autograd.Function):
 
 
 class _Normal:
-    """Normalisation in pieces, forward or backward."""
+    """Normalisation in pieces, forward or backward.
+
+    Attributes:
+        by_result: Whether the gradient takes the result.
+    """
 
     def __init__(self, norm: Norm, like: Tensor, scale: Tensor | None, shift: Tensor | None, worker: _Worker) -> None:
         self.activation = None if norm.activation is None else ACTIVATIONS[norm.activation]
-        self.by_result = self.activation is not None and self.activation.by_result
         self.affine, self.relu = scale is not None, norm.activation == "relu"
+        self.by_result = self.activation is not None and self.activation.by_result and not self.relu
         rows = len(norm.lengths), like.shape[-1]
-        numbers = (like.new_empty(rows) if row is None else row.detach().contiguous() for row in (scale, shift))
-        self.scale, self.shift = (row.numpy() for row in numbers)
+        given = (like.new_ones(rows), like.new_zeros(rows)) if scale is None else (scale.detach(), shift.detach())
+        self.scale, self.shift = (row.contiguous().numpy() for row in given)
         self.ends = np.cumsum(norm.lengths)
         self.eps = self.scale.dtype.type(norm.eps)
         self.worker = worker
@@ -962,9 +965,12 @@ class _Normal:
             if result is not out:
                 out.copy_(result)
 
+    def _least(self, relu: bool) -> np.floating:
+        return self.eps.dtype.type(0 if relu else np.nan)
+
     def _normalise(self, x: Tensor, out: Tensor, mean: Tensor, rstd: Tensor, relu: bool) -> None:
         kernel = norms()[0]
-        fixed = self.scale, self.shift, self.ends, self.eps, self.affine, relu
+        fixed = self.scale, self.shift, self.ends, self.eps, self._least(relu)
         self._share(lambda thread, *pieces: kernel(*pieces, *fixed), (x, out, mean, rstd))
 
     def backward(
@@ -977,7 +983,7 @@ class _Normal:
             x: [N, P, C].
             mean: [N, P].
             rstd: [N, P].
-            result: What :meth:`forward` wrote; needed where the activation's gradient takes it.
+            result: What :meth:`forward` wrote; needed if :attr:`by_result`.
             out: [N, P, C].
         """
         if self.activation is not None and not self.relu:
@@ -985,12 +991,12 @@ class _Normal:
                 result = torch.empty_like(x)
                 self._normalise(x, result, torch.empty_like(mean), torch.empty_like(rstd), False)
             gradient = self.activation.gradient(gradient, result)
-        kernel, sums = norms()[1], self.sums.numpy()
+        kernel, sums, least = norms()[1], self.sums.numpy(), self._least(self.relu)
 
-        def work(thread: int, g: Any, x: Any, y: Any, mean: Any, rstd: Any, out: Any) -> None:
-            kernel(g, x, y, mean, rstd, self.scale, self.ends, out, sums[thread], self.affine, self.relu)
+        def work(thread: int, g: Any, x: Any, mean: Any, rstd: Any, out: Any) -> None:
+            kernel(g, x, mean, rstd, self.scale, self.shift, self.ends, out, sums[thread], least)
 
-        self._share(work, (gradient, x, x if result is None else result, mean, rstd, out))
+        self._share(work, (gradient, x, mean, rstd, out))
 
     def finish(self) -> tuple[Tensor | None, Tensor | None]:
         """Gradients of scale and shift, [rows, C]."""
