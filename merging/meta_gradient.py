@@ -42,6 +42,9 @@ class TruncatedGradient:
         objective: ``log``: the mean of the logarithms of the losses, to which the end of a run adds as much as its
             beginning. ``mean``: the mean of the losses.
         cap: A loss above ``cap`` times that of fresh weights counts as that, and its run begins anew.
+        spread: Going backwards through the steps, the derivative by the state of a run is scaled down where its norm is
+            above ``spread`` times the median of the runs, and left out where it is not finite: a run at the edge of
+            diverging would drown the others. None leaves it.
         seed: Determines every draw.
 
     Attributes:
@@ -62,6 +65,7 @@ class TruncatedGradient:
         truncation: int = 20,
         objective: str = "log",
         cap: float = 4.0,
+        spread: float | None = None,
         seed: int = 0,
     ) -> None:
         for name, value in (("runs", runs), ("horizon", horizon), ("truncation", truncation)):
@@ -71,11 +75,14 @@ class TruncatedGradient:
             raise UserError(f"horizon={horizon} is no multiple of truncation={truncation}; choose one that is")
         if not cap > 1:
             raise UserError(f"cap={cap}: it must exceed 1, or every run would count as diverged")
+        if spread is not None and not spread >= 1:
+            raise UserError(f"spread={spread}: it must be at least 1, for the median run itself to stay; or None")
         if objective not in OBJECTIVES:
             raise unknown("objective", objective, OBJECTIVES)
         check_fits(rule, task)
         self.rule, self.task, self.runs, self.what, self.seed = rule, task, runs, "inner runs", seed
-        self.horizon, self.truncation, self.objective, self.cap = horizon, truncation, objective, cap
+        self.horizon, self.truncation, self.objective = horizon, truncation, objective
+        self.cap, self.spread = cap, spread
         self._shapes = {name: p.shape for name, p in rule.named_parameters()}
         self.theta = torch.cat([p.detach().reshape(-1) for p in rule.parameters()])
         like, pieces = self.theta, horizon // truncation
@@ -122,6 +129,9 @@ class TruncatedGradient:
                 first = torch.where(fresh.to(first.device), before.detach(), first)
             t = (s["done"] + i).to(theta)
             weights, moments = functional_call(self.rule, own, (weights, gradients, moments, t))
+            if self.spread is not None:
+                for state in (weights, moments):
+                    state.register_hook(self._tamed)
             after = value(weights, other)
             seen.append(after.detach())
             # A loss beyond the bound, or none at all, has no gradient.
@@ -149,6 +159,16 @@ class TruncatedGradient:
             "resets": int(broken.sum()),
         }
 
+    def _tamed(self, gradient: Tensor) -> Tensor:
+        """A derivative by the states of the runs, [N, ...], without what is far above the median."""
+        assert self.spread is not None
+        norms = gradient.flatten(1).norm(dim=1)
+        some = torch.isfinite(norms) & (norms > 0)
+        bound = self.spread * norms.where(some, math.nan).nanmedian()
+        scale = torch.where(norms > bound, bound / norms, 1.0)
+        shape = (-1, *[1] * (gradient.ndim - 1))
+        return torch.where(some.view(shape), gradient * scale.view(shape), 0.0)
+
 
 def gradient_train(
     rule: UpdateRule,
@@ -163,6 +183,7 @@ def gradient_train(
     clip: float = 1.0,
     objective: str = "log",
     cap: float = 4.0,
+    spread: float | None = None,
     seed: int = 0,
     run: Run | None = None,
     save_every: int = 50,
@@ -188,6 +209,7 @@ def gradient_train(
         clip: Largest norm of a gradient; longer ones are scaled down.
         objective: See :class:`TruncatedGradient`.
         cap: See there.
+        spread: See there.
         seed: Determines every draw.
         run: See :func:`fleetgym.merging.learned_optimizer.pes_train`, as the last three.
         save_every: See there.
@@ -204,8 +226,8 @@ def gradient_train(
             20 meta-steps on end.
     """
     options: dict[str, Any] = {"runs": runs, "horizon": horizon, "truncation": truncation, "objective": objective}
-    estimator = TruncatedGradient(rule, task, **options, cap=cap, seed=seed)
-    facts = {**options, "estimator": "gradient"}
+    estimator = TruncatedGradient(rule, task, **options, cap=cap, spread=spread, seed=seed)
+    facts = {**options, "spread": spread, "estimator": "gradient"}
     return meta_train(
         estimator, steps, facts, lr=lr, decay=decay, clip=clip, run=run, save_every=save_every, log_every=log_every,
         report=report, judge=judge, judge_every=judge_every,

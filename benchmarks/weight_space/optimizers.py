@@ -49,6 +49,8 @@ class OptimizerMLP:
         runs: Inner runs side by side; antithetic pairs of them for ``pes``.
         sigma: Standard deviation of the perturbations of ``pes``.
         learning_rate: Largest step size of the meta-parameters.
+        spread: Bound on what one run adds to the derivatives, see
+            :class:`fleetgym.merging.meta_gradient.TruncatedGradient`; ``pes`` has none.
         objective: ``log`` or ``mean``; ``pes`` has ``final`` too.
         scale: What the correction sees and how large it is, see
             :class:`fleetgym.merging.learned_optimizer.LearnedOptimizer`.
@@ -86,7 +88,8 @@ class OptimizerMLP:
     estimator: str = "gradient"
     runs: int = 8
     sigma: float = 0.01
-    learning_rate: float = 0.001
+    learning_rate: float = 0.003
+    spread: float | None = 2.0
     objective: str = "log"
     scale: str = "both"
     alpha: float = 0.4
@@ -107,6 +110,8 @@ class OptimizerMLP:
                 f"{self.name}.horizon={self.horizon} is no multiple of {self.name}.truncation={self.truncation}; "
                 "choose one that is"
             )
+        if self.spread is not None and not self.spread >= 1:
+            raise UserError(f"{self.name}.spread={self.spread}: it must be at least 1, or None")
         if self.tuning > 500 or self.networks > 500:
             raise UserError(f"{self.name}: tuning={self.tuning} and networks={self.networks} may be 500 at most")
 
@@ -201,7 +206,9 @@ class OptimizerMLP:
                         unroll(rule, task, self.horizon, self.tuned_on(job)).measured["train"][0, :, -1].mean()
                     )
 
-                trained = gradient_train(start, task, self.steps, runs=self.runs, judge=judge, **options)
+                trained = gradient_train(
+                    start, task, self.steps, runs=self.runs, spread=self.spread, judge=judge, **options
+                )
             else:
                 # A perturbation is a hundredth of these numbers, not the same for a step size of 0.01 and one of 1.
                 units = {"alpha": self.alpha, "gamma": 1 - self.gamma, "beta": self.beta}
@@ -237,6 +244,8 @@ class OptimizerRNN(OptimizerMLP):
     title: ClassVar[str] = "Learned optimizers on recurrent networks"
     family: ClassVar[str] = "rnn"
     steps: int = 100
+    learning_rate: float = 0.001
+    spread: float | None = None
     alpha: float = 0.3
     gamma: float = 0.9
     hidden: int = 16
@@ -252,6 +261,8 @@ class OptimizerTransformer(OptimizerMLP):
     title: ClassVar[str] = "Learned optimizers on transformers"
     family: ClassVar[str] = "transformer"
     steps: int = 100
+    learning_rate: float = 0.001
+    spread: float | None = None
     alpha: float = 0.15
     gamma: float = 0.8
     hidden: int = 16
@@ -266,6 +277,8 @@ class OptimizerPolicy(OptimizerMLP):
     name: ClassVar[str] = "optimizer_policy"
     title: ClassVar[str] = "Learned optimizers on policies"
     family: ClassVar[str] = "policy"
+    learning_rate: float = 0.001
+    spread: float | None = None
     alpha: float = 0.06
     gamma: float = 0.96
 

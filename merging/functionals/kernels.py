@@ -18,9 +18,7 @@ import numpy as np
 _FASTMATH = {"arcp", "contract", "nsz", "reassoc"}
 
 
-def _forward(
-    x: Any, y: Any, mean: Any, rstd: Any, scale: Any, shift: Any, ends: Any, eps: Any, least: Any
-) -> None:
+def _forward(x: Any, y: Any, mean: Any, rstd: Any, scale: Any, shift: Any, ends: Any, eps: Any, least: Any) -> None:
     networks, _, channels = x.shape
     zero, one = x.dtype.type(0), x.dtype.type(1)
     share = one / x.dtype.type(channels)

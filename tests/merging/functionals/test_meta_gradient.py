@@ -1,5 +1,7 @@
 """Update rules learned by differentiating through pieces of training."""
 
+import math
+
 import pytest
 import torch
 from torch import nn
@@ -75,6 +77,23 @@ def test_the_gradient_is_that_of_differences(objective):
         assert float(gradient @ direction) == pytest.approx(difference, rel=1e-4, abs=1e-9)
 
 
+def test_no_run_outweighs_the_others():
+    task = _regression()
+    options = {"runs": 4, "horizon": 20, "truncation": 10}
+    rule = LearnedOptimizer(task.spec, alpha=0.05, beta=0.5, hidden=4, scale="both")
+    gradients = [TruncatedGradient(rule, task, spread=s, **options).estimate(0)[0] for s in (None, 1e9, 1.0)]
+    assert torch.equal(gradients[0], gradients[1]) and not torch.allclose(gradients[0], gradients[2])
+
+    # A step size at which some runs explode and some do not: the first gradient is theirs alone.
+    edge = Momentum(task.spec, alpha=2.0, gamma=0.0)
+    free, bound = (TruncatedGradient(edge, task, cap=1e30, spread=s, **options).estimate(0)[0] for s in (None, 2.0))
+    assert free.norm() > 5 * bound.norm() > 0
+
+    tamed = TruncatedGradient(rule, task, spread=2.0, **options)._tamed
+    states = torch.tensor([[3.0, 4.0], [0.0, 6.0], [300.0, 400.0], [math.nan, 1.0]])
+    assert torch.allclose(tamed(states), torch.tensor([[3.0, 4.0], [0.0, 6.0], [7.2, 9.6], [0.0, 0.0]]))
+
+
 def test_a_learned_rule_beats_the_one_it_began_as():
     task = _regression()
     start = LearnedOptimizer(task.spec, alpha=0.02, beta=1.0, hidden=8, scale="both")
@@ -144,6 +163,7 @@ def test_runs_that_diverge_begin_anew():
         ({"horizon": 30, "truncation": 20}, "no multiple of truncation=20"),
         ({"objective": "final"}, "unknown objective 'final'"),
         ({"cap": 1.0}, "cap=1.0"),
+        ({"spread": 0.5}, "spread=0.5"),
         ({"lr": 0.0}, "lr=0.0"),
         ({"steps": 0}, "steps=0"),
     ],
