@@ -44,7 +44,8 @@ class TruncatedGradient:
         cap: A loss above ``cap`` times that of fresh weights counts as that, and its run begins anew.
         spread: Going backwards through the steps, the derivative by the state of a run is scaled down where its norm is
             above ``spread`` times the median of the runs, and left out where it is not finite: a run at the edge of
-            diverging would drown the others. None leaves it.
+            diverging would drown the others. Infinity leaves
+            all as they are.
         seed: Determines every draw.
 
     Attributes:
@@ -65,7 +66,7 @@ class TruncatedGradient:
         truncation: int = 20,
         objective: str = "log",
         cap: float = 4.0,
-        spread: float | None = None,
+        spread: float = math.inf,
         seed: int = 0,
     ) -> None:
         for name, value in (("runs", runs), ("horizon", horizon), ("truncation", truncation)):
@@ -75,8 +76,8 @@ class TruncatedGradient:
             raise UserError(f"horizon={horizon} is no multiple of truncation={truncation}; choose one that is")
         if not cap > 1:
             raise UserError(f"cap={cap}: it must exceed 1, or every run would count as diverged")
-        if spread is not None and not spread >= 1:
-            raise UserError(f"spread={spread}: it must be at least 1, for the median run itself to stay; or None")
+        if not spread >= 1:
+            raise UserError(f"spread={spread}: it must be at least 1, for the median run itself to stay")
         if objective not in OBJECTIVES:
             raise unknown("objective", objective, OBJECTIVES)
         check_fits(rule, task)
@@ -129,7 +130,7 @@ class TruncatedGradient:
                 first = torch.where(fresh.to(first.device), before.detach(), first)
             t = (s["done"] + i).to(theta)
             weights, moments = functional_call(self.rule, own, (weights, gradients, moments, t))
-            if self.spread is not None:
+            if math.isfinite(self.spread):
                 for state in (weights, moments):
                     state.register_hook(self._tamed)
             after = value(weights, other)
@@ -161,7 +162,6 @@ class TruncatedGradient:
 
     def _tamed(self, gradient: Tensor) -> Tensor:
         """A derivative by the states of the runs, [N, ...], without what is far above the median."""
-        assert self.spread is not None
         norms = gradient.flatten(1).norm(dim=1)
         some = torch.isfinite(norms) & (norms > 0)
         bound = self.spread * norms.where(some, math.nan).nanmedian()
@@ -183,7 +183,7 @@ def gradient_train(
     clip: float = 1.0,
     objective: str = "log",
     cap: float = 4.0,
-    spread: float | None = None,
+    spread: float = math.inf,
     seed: int = 0,
     run: Run | None = None,
     save_every: int = 50,

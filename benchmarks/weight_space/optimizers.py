@@ -7,6 +7,7 @@ section 4.2) at the size of a CPU.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -89,7 +90,7 @@ class OptimizerMLP:
     runs: int = 8
     sigma: float = 0.01
     learning_rate: float = 0.003
-    spread: float | None = 2.0
+    spread: float = 2.0
     objective: str = "log"
     scale: str = "both"
     alpha: float = 0.4
@@ -110,8 +111,8 @@ class OptimizerMLP:
                 f"{self.name}.horizon={self.horizon} is no multiple of {self.name}.truncation={self.truncation}; "
                 "choose one that is"
             )
-        if self.spread is not None and not self.spread >= 1:
-            raise UserError(f"{self.name}.spread={self.spread}: it must be at least 1, or None")
+        if not self.spread >= 1:
+            raise UserError(f"{self.name}.spread={self.spread}: it must be at least 1; inf sets no bound")
         if self.tuning > 500 or self.networks > 500:
             raise UserError(f"{self.name}: tuning={self.tuning} and networks={self.networks} may be 500 at most")
 
@@ -244,8 +245,6 @@ class OptimizerRNN(OptimizerMLP):
     title: ClassVar[str] = "Learned optimizers on recurrent networks"
     family: ClassVar[str] = "rnn"
     steps: int = 100
-    learning_rate: float = 0.001
-    spread: float | None = None
     alpha: float = 0.3
     gamma: float = 0.9
     hidden: int = 16
@@ -261,8 +260,6 @@ class OptimizerTransformer(OptimizerMLP):
     title: ClassVar[str] = "Learned optimizers on transformers"
     family: ClassVar[str] = "transformer"
     steps: int = 100
-    learning_rate: float = 0.001
-    spread: float | None = None
     alpha: float = 0.15
     gamma: float = 0.8
     hidden: int = 16
@@ -272,13 +269,16 @@ class OptimizerTransformer(OptimizerMLP):
 
 @dataclass(frozen=True)
 class OptimizerPolicy(OptimizerMLP):
-    """Cloning the behaviour of a pendulum's expert by feed-forward policies; see :class:`OptimizerMLP`."""
+    """Cloning the behaviour of a pendulum's expert by feed-forward policies; see :class:`OptimizerMLP`.
+
+    Meta-steps are smaller: with those of the others every rule on the way diverges before the horizon.
+    """
 
     name: ClassVar[str] = "optimizer_policy"
     title: ClassVar[str] = "Learned optimizers on policies"
     family: ClassVar[str] = "policy"
     learning_rate: float = 0.001
-    spread: float | None = None
+    spread: float = math.inf
     alpha: float = 0.06
     gamma: float = 0.96
 

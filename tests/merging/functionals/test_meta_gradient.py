@@ -81,12 +81,12 @@ def test_no_run_outweighs_the_others():
     task = _regression()
     options = {"runs": 4, "horizon": 20, "truncation": 10}
     rule = LearnedOptimizer(task.spec, alpha=0.05, beta=0.5, hidden=4, scale="both")
-    gradients = [TruncatedGradient(rule, task, spread=s, **options).estimate(0)[0] for s in (None, 1e9, 1.0)]
+    gradients = [TruncatedGradient(rule, task, spread=s, **options).estimate(0)[0] for s in (math.inf, 1e9, 1.0)]
     assert torch.equal(gradients[0], gradients[1]) and not torch.allclose(gradients[0], gradients[2])
 
     # A step size at which some runs explode and some do not: the first gradient is theirs alone.
     edge = Momentum(task.spec, alpha=2.0, gamma=0.0)
-    free, bound = (TruncatedGradient(edge, task, cap=1e30, spread=s, **options).estimate(0)[0] for s in (None, 2.0))
+    free, bound = (TruncatedGradient(edge, task, cap=1e30, spread=s, **options).estimate(0)[0] for s in (math.inf, 2.0))
     assert free.norm() > 5 * bound.norm() > 0
 
     tamed = TruncatedGradient(rule, task, spread=2.0, **options)._tamed
